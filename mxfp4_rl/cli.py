@@ -1,0 +1,134 @@
+"""The command line: `mxfp4-rl train` and `mxfp4-rl report`.
+
+Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
+130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import mxfp4_rl
+from mxfp4_rl.launch import LaunchError
+
+EXAMPLES = """\
+useful overrides (any key of verl's and of the mxfp4 block; --print-config shows all):
+  trainer.total_training_steps=50           length of the run
+  trainer.experiment_name=mine              its name and, by default, its folder runs/mine
+  actor_rollout_ref.model.path=PATH         a folder or a hub id
+  data.train_files=a.parquet                your data (with mxfp4.task=null), data.val_files too
+  mxfp4.recipe.macro_block=null             no macro-block scaling; "static" or "dynamic"
+  mxfp4.recipe.fallback_alpha=null          no outlier fallback; or alpha in (0, 1]
+  mxfp4.aqn.enable=false                    no exploration noise
+  mxfp4.enable=false                        plain verl in BF16
+"""
+
+
+def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the arguments; the process's own by default.
+        child_command: what `train` starts instead of verl (see `launch.run.launch`).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.command == "train":
+            # argparse gives up on positional arguments after an option; hydra's users mix them.
+            unknown = [argument for argument in rest if argument.startswith("-")]
+            if unknown:
+                raise LaunchError(f"unknown option {unknown[0]}; see mxfp4-rl train --help")
+            return _train(options, [*options.overrides, *rest], arguments, child_command)
+        if rest:
+            raise LaunchError(f"unexpected argument {rest[0]}; see mxfp4-rl report --help")
+        return _report(options)
+    except LaunchError as error:
+        return _refuse(error, str(error))
+    except KeyboardInterrupt:
+        print("interrupted before the run started", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _refuse(error, f"{type(error).__name__}: {error} (MXFP4_RL_DEBUG=1 shows where)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mxfp4-rl", description=mxfp4_rl.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mxfp4-rl {mxfp4_rl.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model with verl in MXFP4. Configuration and overrides are hydra's.",
+        epilog=f"{_configs_help()}\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config-name", "-cn", default="quickstart", metavar="NAME", help="default: quickstart")
+    train.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder with configurations of your own")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    train.add_argument("--dry-run", action="store_true", help="check everything that can be checked and stop")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides")
+
+    report = commands.add_parser(
+        "report", help="plots of a run", description="Write a run's report, also while it runs."
+    )
+    report.add_argument("run_dir", help="the run's directory")
+    report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
+    return parser
+
+
+def _configs_help() -> str:
+    from mxfp4_rl.launch.compose import list_configs
+
+    lines = [f"  {name:<20} {first_line}" for name, first_line in list_configs().items()]
+    return "\n".join(["configurations in this package:", *lines, ""])
+
+
+def _train(options, overrides: list[str], arguments: list[str], child_command: Sequence[str] | None) -> int:
+    from mxfp4_rl.launch.compose import compose_config, resolved
+
+    config = compose_config(options.config_name, overrides, options.config_dir)
+    if options.print_config:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.create(resolved(config))), end="")
+        return 0
+
+    from mxfp4_rl.launch.preflight import prepare
+    from mxfp4_rl.launch.records import print_header
+    from mxfp4_rl.launch.run import CHILD_COMMAND, launch
+
+    run = prepare(config, say=lambda text: print(text, flush=True))
+    if options.dry_run:
+        print_header(run)
+        run.run_dir.release(unused=True)
+        print("everything that can be checked without starting Ray is fine")
+        return 0
+    return launch(run, child_command or CHILD_COMMAND, arguments)
+
+
+def _report(options) -> int:
+    from mxfp4_rl.monitor.report import write_report
+
+    try:
+        print(write_report(options.run_dir, overlay=options.overlay))
+    except (OSError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    return 0
+
+
+def _refuse(error: Exception, message: str) -> int:
+    if os.environ.get("MXFP4_RL_DEBUG") == "1":
+        raise error
+    print(f"mxfp4-rl: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

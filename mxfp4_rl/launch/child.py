@@ -1,0 +1,65 @@
+"""The child process: `python -m mxfp4_rl.launch.child RUN_DIR/config.yaml PARENT_PID TEMP_DIR` calls verl.
+
+It does what verl's own `main_ppo` does after hydra has composed the configuration, in the same order. If the parent
+vanishes (killed with SIGKILL, it cannot stop us), it ends itself and everything that it started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
+
+
+def end_with_parent(parent: int, temp_dir: str | None) -> None:
+    """Watch `parent` from a thread; when it is gone, kill this process and all that descend from it."""
+    threading.Thread(target=_watch, args=(parent, temp_dir), daemon=True).start()
+
+
+def _watch(parent: int, temp_dir: str | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    print("[mxfp4] the launcher is gone: ending the run", flush=True)
+    processes = RunProcesses(os.environ[RUN_ID_VARIABLE], temp_dir, root=os.getpid())
+    processes.alive()
+    processes.end(interrupt=False, hurry=lambda: True)
+    if temp_dir:
+        import shutil
+
+        shutil.rmtree(temp_dir, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_verl(config_path: str) -> None:
+    """Load a resolved configuration and run verl's trainer with it; blocks until the run ends."""
+    from omegaconf import OmegaConf
+
+    print("[mxfp4] importing verl", flush=True)
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+    from verl.utils.device import auto_set_device
+
+    config = OmegaConf.load(config_path)
+    OmegaConf.set_struct(config, True)
+    auto_set_device(config)
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    if not config.trainer.use_v1:
+        raise ValueError("trainer.use_v1=false: mxfp4-rl extends verl's V1 trainer; remove the setting")
+    print("[mxfp4] starting Ray", flush=True)
+    run_ppo(config, task_runner_class=TaskRunnerV1)
+
+
+def main(argv: list[str]) -> None:
+    config_path, parent, temp_dir = argv
+    become_subreaper()
+    end_with_parent(int(parent), temp_dir or None)
+    run_verl(config_path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""What a run writes down and says about itself before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from mxfp4_rl.launch.preflight import PreparedRun
+
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+LOG_FILE = "verl.log"
+RECORDED_PACKAGES = (
+    *("mxfp4-rl", "verl", "torch", "transformers", "tokenizers", "ray", "tensordict", "TransferQueue"),
+    *("vllm", "triton", "numpy", "hydra-core", "omegaconf", "accelerate", "wandb"),
+)
+# Only a Ray that is being started takes these; `ray.init` refuses them when it joins a cluster.
+LOCAL_RAY_KEYS = ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard", "_temp_dir")
+
+
+def write_records(run: PreparedRun, temp_dir: str | None, arguments: Sequence[str]) -> None:
+    """Write config.yaml (what the child loads) and versions.json; a resumed run keeps those of its earlier parts.
+
+    Args:
+        run: from `preflight.prepare`; its configuration gets what Ray is started with.
+        temp_dir: Ray's own temporary directory; None when a cluster is joined.
+        arguments: the command line.
+    """
+    ray_init = run.config["ray_kwargs"]["ray_init"]
+    if run.joins_cluster:
+        for key in LOCAL_RAY_KEYS:
+            ray_init.pop(key, None)
+    else:
+        ray_init["_temp_dir"] = temp_dir
+    for name, text in (
+        (CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(run.config))),
+        (VERSIONS_FILE, json.dumps(versions(arguments), indent=2) + "\n"),
+    ):
+        path = run.run_dir.path / name
+        if run.run_dir.resumes and path.exists():
+            path.rename(next(kept for n in range(1, sys.maxsize) if not (kept := _numbered(path, n)).exists()))
+        path.write_text(text, encoding="utf-8")
+
+
+def versions(arguments: Sequence[str]) -> dict:
+    """What is needed, beside its configuration, to repeat the run."""
+    packages = {}
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": ["mxfp4-rl", *arguments],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def print_header(run: PreparedRun) -> None:
+    """Say once what runs, with what, and where it writes."""
+    settings, trainer = run.settings, run.config["trainer"]
+    aqn, directory = settings.aqn, run.run_dir.path
+    noise = f"sigma {aqn.sigma_start:g} to {aqn.sigma_end:g} in {aqn.stages} stages"
+    prompts, samples = run.config["data"]["train_batch_size"], run.config["actor_rollout_ref"]["rollout"]["n"]
+    ray = f"Ray cluster {os.environ.get('RAY_ADDRESS', '')}".rstrip() if run.joins_cluster else "local Ray"
+    rows = {
+        "model": run.config["actor_rollout_ref"]["model"]["path"],
+        "recipe": settings.recipe.describe() if settings.enable else "off: plain verl",
+        "quantised": run.quantised,
+        "AQN": noise if settings.enable and aqn.enable else "off",
+        "steps": f"{run.total_steps or 'known to verl only'}, {prompts} prompts x {samples} samples",
+        "device": f"{trainer['nnodes']} x {trainer['n_gpus_per_node']} {trainer['device']}, {ray}",
+        "run": f"{directory} (resuming)" if run.run_dir.resumes else directory,
+        "log": directory / LOG_FILE,
+    }
+    for label, value in rows.items():
+        if value is not None:
+            print(f"{label:>9}  {value}")
+    for warning in run.warnings:
+        print(f"{'warning':>9}  {warning}")
+    sys.stdout.flush()
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,152 @@
+"""Convert a model: which Linear layers become MXFP4Linear, by name, with a report of what matched.
+
+lm_head (and whatever else the model calls its output embedding), embeddings, routers and norms are never converted: the
+paper's tensor counts leave exactly these out, and quantising them breaks models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
+from mxfp4_rl.recipe import ModelRecipe, RecipeError
+
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")  # by last name part; `gate_proj` is no router
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, or what `plan` would do.
+
+    Attributes:
+        converted: layer name -> ModelRecipe of that layer.
+        skipped: layer name -> why it was left alone.
+        elements: quantised weight elements; total: all parameters of the model.
+        by_pattern: how many layers each override and exclude pattern matched.
+    """
+
+    converted: dict[str, ModelRecipe] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    elements: int = 0
+    total: int = 0
+    by_pattern: dict[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """A few lines for the log: counts by kind of layer, what was skipped, and the share of the parameters."""
+        kinds = Counter(name.rsplit(".", 1)[-1] for name in self.converted)
+        recipes = Counter(recipe.describe() for recipe in self.converted.values())
+        lines = [
+            f"{len(self.converted)} Linear layers in MXFP4 ({', '.join(f'{n} {k}' for k, n in kinds.items())}), "
+            f"{self.elements / 1e6:.1f} M of {self.total / 1e6:.1f} M parameters"
+        ]
+        lines += [f"{n} with {recipe}" for recipe, n in recipes.items()]
+        reasons = Counter(self.skipped.values())
+        lines += [f"left alone: {n} {reason}" for reason, n in reasons.items()]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
+    """What `convert` would do, without doing it; the model may live on the meta device.
+
+    Raises:
+        RecipeError: no layer would be converted, or an override or exclude pattern matches nothing.
+    """
+    report = ConversionReport(total=sum(p.numel() for p in model.parameters()))
+    report.by_pattern = dict.fromkeys((*recipe.overrides, *recipe.exclude), 0)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in _linears(model):
+        excluded = [p for p in recipe.exclude if matches(p, name)]
+        overriding = [p for p in recipe.overrides if matches(p, name)]
+        for pattern in excluded + overriding:
+            report.by_pattern[pattern] += 1
+        if module is output or name.rsplit(".", 1)[-1] == "lm_head":
+            report.skipped[name] = "output embedding"
+        elif name.rsplit(".", 1)[-1] in ROUTER_NAMES:
+            report.skipped[name] = "router"
+        elif "lora_" in name:
+            report.skipped[name] = "LoRA adapter"
+        elif excluded:
+            report.skipped[name] = f"excluded by {excluded[0]!r}"
+        else:
+            report.converted[name] = _layer_recipe(recipe, overriding)
+            report.elements += module.weight.numel()
+    unmatched = [p for p, count in report.by_pattern.items() if not count]
+    if unmatched:
+        some = ", ".join([*report.converted][:3]) or "none"
+        raise RecipeError(f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}")
+    if not report.converted:
+        why = "; ".join(f"{n}: {r}" for n, r in [*report.skipped.items()][:4]) or "it has no nn.Linear"
+        raise RecipeError(f"{type(model).__name__} has nothing to quantise ({why}); change the recipe or the model")
+    return report
+
+
+def convert(model: nn.Module, recipe: ModelRecipe | None = None) -> ConversionReport:
+    """Swap the model's Linear layers for MXFP4Linear, in place; parameters and their names stay.
+
+    Raises:
+        RecipeError: as `plan`; the model is then unchanged.
+    """
+    return _swap(model, recipe or ModelRecipe(), MXFP4Linear)
+
+
+def convert_for_rollout(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
+    """As `convert`, into PackedLinear: layers without weights of their own, to be filled with `hold`.
+
+    Layers whose weights the recipe leaves unquantised become MXFP4Linear. Errors as `plan`.
+    """
+    return _swap(model, recipe, PackedLinear)
+
+
+def _swap(model: nn.Module, recipe: ModelRecipe, kind: type[MXFP4Linear]) -> ConversionReport:
+    report = plan(model, recipe)
+    for name, module in _linears(model):
+        if name in report.converted:
+            own = report.converted[name]
+            (MXFP4Linear if own.weight is None else kind).swap(module, name, own)
+    return report
+
+
+def unconvert(model: nn.Module) -> int:
+    """Turn every MXFP4Linear back into nn.Linear, in place; returns how many."""
+    layers = converted_layers(model)
+    for layer in layers.values():
+        layer.unswap()
+    return len(layers)
+
+
+def converted_layers(model: nn.Module) -> dict[str, MXFP4Linear]:
+    """The model's MXFP4Linear layers by the name they had when converted."""
+    return {m.layer_name: m for m in model.modules() if isinstance(m, MXFP4Linear)}
+
+
+def release_operands(model: nn.Module) -> None:
+    """Forget every kept weight operand, after weights changed behind the layers' back (a checkpoint load under FSDP)."""
+    for layer in converted_layers(model).values():
+        layer.release()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """"re:..." is searched in the dotted name; any other pattern is a whole name or its last dotted parts."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, MXFP4Linear):
+            yield name, module
+
+
+def _layer_recipe(recipe: ModelRecipe, overriding: list[str]) -> ModelRecipe:
+    """The layer's own recipe: the last matching override replaces the recipe of every operand that is quantised."""
+    if not overriding:
+        return recipe if not (recipe.overrides or recipe.exclude) else replace(recipe, overrides={}, exclude=())
+    over = recipe.overrides[overriding[-1]]
+    operands = {n: over for n in ("weight", "activation", "grad") if getattr(recipe, n) is not None}
+    return replace(recipe, overrides={}, exclude=(), **operands)

@@ -1,0 +1,230 @@
+"""A Linear layer whose matrix products see MXFP4 operands.
+
+With Q_w and Q_a the weight's and the activation's quantise-dequantise (`mxfp4_rl.quant`),
+
+    forward   Y  = Q_a(X) Q_w(W)^T + b
+    dgrad     dX = G W'        W' = Q_w(W) "ste" | W "bf16" | Q_w(W) again, along the output features "mx"
+    wgrad     dW = G^T X'      X' = Q_a(X) "ste" | X "bf16" | Q_a(X) again, along the tokens "mx"
+
+and G is quantised too, along each product's contraction axis, if the recipe has a `grad`. Gradients pass the rounding
+unchanged: a straight-through estimator, as in arXiv 2605.20402. Quantisation happens outside autograd, so nothing of it is
+recorded, and the weight's operand is made once per optimiser step and kept.
+
+`MXFP4Linear` is `nn.Linear` with another forward: converting a layer swaps its class, so parameters, their names, optimiser
+states, FSDP and checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mxfp4_rl.quant import ErrorStats, MXFP4Tensor, error_stats, fake_quantize
+from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
+
+_optimizer_steps = 0
+
+
+def _count_step(*_):
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Every optimiser step of this process makes the kept weight operands stale, whoever owns the optimiser and however the
+# parameters are sharded (FSDP2 hides the change from the version counter of the gathered weight).
+register_optimizer_step_post_hook(_count_step)
+
+
+class QuantizedMatmul(torch.autograd.Function):
+    """Y = x_hat w_hat^T and its two backward products; see the module's docstring for the operands.
+
+    x, x_hat: (..., in); w, w_hat: (out, in). x and w only carry the gradients, and serve "bf16" and "mx".
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, x_hat, w_hat, recipe: ModelRecipe, stats):
+        ctx.recipe, ctx.stats = recipe, stats
+        ctx.weight_dtype = w.dtype
+        ctx.save_for_backward(
+            x_hat if recipe.wgrad == "ste" else x.detach(),
+            w_hat if recipe.dgrad == "ste" else w.detach().to(w_hat.dtype),
+        )
+        return nn.functional.linear(x_hat, w_hat)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        recipe = ctx.recipe
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            if recipe.dgrad == "mx":
+                w = _operand(w, recipe.weight, axis=0)
+            dx = _operand(g, recipe.grad, axis=-1) @ w
+        if ctx.needs_input_grad[1]:
+            tokens_g, tokens_x = g.flatten(0, -2), x.flatten(0, -2)
+            if recipe.wgrad == "mx":
+                tokens_x = _operand(tokens_x, recipe.activation, axis=0)
+            dw = (_operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
+        if ctx.stats is not None:
+            ctx.stats.measure("grad", g, recipe.grad)
+        return dx, dw, None, None, None, None
+
+
+class MXFP4Linear(nn.Linear):
+    """`nn.Linear` with quantised operands; made by `mxfp4_rl.nn.convert`, not by its constructor.
+
+    Attributes:
+        recipe: ModelRecipe of this layer (overrides applied).
+        layer_name: dotted name in the converted model.
+        stats: `LayerStats` while the monitor measures, else None.
+    """
+
+    recipe: ModelRecipe
+    layer_name: str
+
+    @classmethod
+    def swap(cls, linear: nn.Linear, name: str, recipe: ModelRecipe) -> None:
+        """Turn `linear` into an MXFP4Linear in place."""
+        linear.__class__ = cls
+        linear.recipe, linear.layer_name = recipe, name
+        linear.stats = None
+        linear._held = linear._held_key = None
+
+    def unswap(self) -> None:
+        """Turn it back into the `nn.Linear` it was, in place."""
+        for name in ("recipe", "layer_name", "stats", "_held", "_held_key"):
+            delattr(self, name)
+        self.__class__ = nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = _compute_dtype(x)
+        x = x.to(dtype)
+        w_hat = self.weight_operand(dtype)
+        x_hat = _shared_input(x, self.recipe.activation)
+        if self.stats is not None:
+            self.stats.measure("activation", x, self.recipe.activation)
+        y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
+
+        It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`.
+        """
+        key = self._key(dtype)
+        if self._held_key != key:
+            with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
+                self._held = _operand(self.weight.detach().to(dtype), self.recipe.weight)
+            self._held_key = key
+        return self._held
+
+    def hold(self, packed: MXFP4Tensor, dtype: torch.dtype) -> None:
+        """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
+        self._held, self._held_key = packed.dequantize(dtype), self._key(dtype)
+
+    def release(self) -> None:
+        """Forget the kept operand; the next forward quantises the weight again."""
+        self._held = self._held_key = None
+
+    def _key(self, dtype):
+        # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
+        # that the optimiser never touches; the count of optimiser steps covers that case.
+        sharded = hasattr(self.weight, "to_local") or getattr(self, "gathered", False)
+        version = None if sharded else (self.weight.data_ptr(), self.weight._version)
+        return dtype, _optimizer_steps, version
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.release()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.recipe.describe()}"
+
+
+class PackedLinear(MXFP4Linear):
+    """The rollout's side of an MXFP4Linear: no parameter, only the operand of the codes last shipped. Forward only.
+
+    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit.
+    """
+
+    @classmethod
+    def swap(cls, linear: nn.Linear, name: str, recipe: ModelRecipe) -> None:
+        """Turn `linear` into a PackedLinear in place; its weight is dropped."""
+        super().swap(linear, name, recipe)
+        linear.weight = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_hat = _shared_input(x, self.recipe.activation)
+        y = nn.functional.linear(x_hat, self.weight_operand(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
+        if self._held is None or self._held.dtype != dtype:
+            raise RuntimeError(f"{self.layer_name} has no weights in {dtype}: load them with hold() first")
+        return self._held
+
+    def _key(self, dtype):
+        return dtype
+
+
+class LayerStats:
+    """Error statistics of one layer's activation and gradient while the monitor is on; `max_rows` tokens of each call."""
+
+    def __init__(self, max_rows: int | None):
+        self.max_rows = max_rows
+        self.sums: dict[str, ErrorStats] = {}
+
+    @torch.no_grad()
+    def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:
+        """Add the error of quantising t (..., features) along its last axis; nothing if `recipe` is None."""
+        if recipe is None:
+            return
+        rows = spaced_rows(t.flatten(0, -2), self.max_rows)
+        self.sums[operand] = self.sums.get(operand, ErrorStats()) + error_stats(rows, recipe)
+
+
+def spaced_rows(t: torch.Tensor, max_rows: int | None) -> torch.Tensor:
+    """At most `max_rows` evenly spaced rows of t (rows, features); all of them for None."""
+    if max_rows is None or t.shape[0] <= max_rows:
+        return t
+    index = torch.linspace(0, t.shape[0] - 1, max_rows, device=t.device).round().long()
+    return t.index_select(0, index)
+
+
+def _operand(t: torch.Tensor, recipe: QuantRecipe | None, axis: int = -1) -> torch.Tensor:
+    return t if recipe is None else fake_quantize(t, recipe, axis)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+class _LastInput:
+    """The last quantised activation. Query, key and value (gate and up) read the same tensor: it is quantised once."""
+
+    def __init__(self):
+        self.source = lambda: None
+        self.key = self.operand = None
+
+    def __call__(self, x: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
+        if recipe is None:
+            return x
+        key = (recipe, x._version) if not x.is_inference() else None
+        if key is None or self.source() is not x or self.key != key:
+            operand = fake_quantize(x.detach(), recipe)
+            if key is None:
+                return operand
+            self.source, self.key, self.operand = weakref.ref(x, self._forget), key, operand
+        return self.operand
+
+    def _forget(self, reference):
+        if self.source is reference:
+            self.operand = None
+
+
+_shared_input = _LastInput()

@@ -1,0 +1,98 @@
+"""The `mxfp4:` block of a run's configuration, checked: what the plugin's parts in every process read.
+
+    enable: true
+    recipe: {...}              a QuantRecipe for every operand; weight, activation, grad over it; ModelRecipe's fields
+    quantize_reference: false  quantise the reference policy too
+    aqn: {enable, sigma_start, sigma_end, stages, seed}
+    monitor: {every, max_rows, layers}
+    run_dir: where metrics, checkpoints and the report go
+    task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mxfp4_rl.recipe import ModelRecipe, RecipeError, check_keys, plain
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """How often and how closely the error components are measured.
+
+    Args:
+        every: training steps between two measurements; 0 switches the monitor off.
+        max_rows: rows of each weight (and tokens of each activation) measured, evenly spaced; null measures all.
+        layers: log the components of every layer under `mxfp4_layers/` too.
+    """
+
+    every: int = 1
+    max_rows: int | None = 64
+    layers: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.every, int) or self.every < 0:
+            raise RecipeError(f"mxfp4.monitor.every={self.every!r} must be an integer of at least 0 (0: never)")
+        if self.max_rows is not None and (not isinstance(self.max_rows, int) or self.max_rows < 1):
+            raise RecipeError(f"mxfp4.monitor.max_rows={self.max_rows!r} must be a positive integer, or null for all")
+
+
+@dataclass(frozen=True)
+class AQNSettings:
+    """The `mxfp4.aqn` block; see `mxfp4_rl.noise.AQNSchedule`, which adds the run's length."""
+
+    enable: bool = False
+    sigma_start: float = 0.01
+    sigma_end: float = 0.001
+    stages: int = 10
+    seed: int = 0
+
+    def schedule(self, total_steps: int):
+        """The schedule for a run of `total_steps`, or None when switched off. Raises RecipeError on wrong values."""
+        from mxfp4_rl.noise import AQNSchedule
+
+        values = {k: v for k, v in vars(self).items() if k != "enable"}
+        return AQNSchedule(total_steps=total_steps, **values) if self.enable else None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl and the rest is ignored."""
+
+    enable: bool = False
+    recipe: ModelRecipe = field(default_factory=ModelRecipe)
+    quantize_reference: bool = False
+    aqn: AQNSettings = field(default_factory=AQNSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    run_dir: str | None = None
+    task: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_config(cls, block: Any) -> Settings:
+        """Check a mapping (or DictConfig, interpolations allowed).
+
+        Raises:
+            RecipeError: an unknown key (with the nearest known one), or a value that cannot be used.
+        """
+        if block is None:
+            return cls()
+        if type(block).__name__ == "DictConfig":
+            from omegaconf import OmegaConf
+
+            block = OmegaConf.to_container(block, resolve=True)
+        values = plain(block)
+        check_keys(values, {f.name for f in dataclasses.fields(cls)}, "mxfp4")
+        for name in ("enable", "quantize_reference"):
+            if not isinstance(values.get(name, False), bool):
+                raise RecipeError(f"mxfp4.{name}={values[name]!r} must be true or false")
+        for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings)):
+            given = values.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise RecipeError(f"mxfp4.{name}={given!r} must be a block of keys")
+            check_keys(given, {f.name for f in dataclasses.fields(kind)}, f"mxfp4.{name}")
+            values[name] = kind(**given)
+        values["recipe"] = ModelRecipe.from_dict(values.get("recipe"), "mxfp4.recipe")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Verifiable tasks to train on, and the models that ship with the package."""

@@ -1,0 +1,19 @@
+"""The plugin that verl loads by entry point (group `verl.plugins`) at the end of `import verl`, in every process.
+
+Kept light, since each of a run's processes pays for it: here only the CPU platform is registered, and a hook that registers
+our trainer once verl's trainers are imported. Engine and rollout follow in `mxfp4_rl.verl_plugin.register`, which verl
+imports where they are needed (`actor_rollout_ref.model.external_lib`). verl swallows an exception raised here, so it is
+reported first.
+"""
+
+import sys
+
+try:
+    import wrapt
+
+    from mxfp4_rl.verl_plugin import platform as _platform  # noqa: F401  (registers itself)
+
+    wrapt.register_post_import_hook("mxfp4_rl.verl_plugin.trainer:register", "verl.trainer.ppo.v1")
+except Exception as error:
+    print(f"[mxfp4] the verl plugin failed to load: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    raise

@@ -1,0 +1,70 @@
+"""Where a run's metrics go: verl's loggers, put in the run's directory, and a JSON-lines file of our own.
+
+`metrics.jsonl` holds one line a record, {"step": int, "data": {metric: number}}, whatever other loggers are on; the progress
+bar and the report read it. The console gets everything but the hundreds of per-layer values.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+PER_LAYER_PREFIX = "mxfp4_layers/"
+
+
+def prepare_backends(run_dir: Path, backends: list[str]) -> None:
+    """Point TensorBoard and wandb at the run's directory, and wandb offline unless somebody is logged in.
+
+    Variables that the user has set win.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TENSORBOARD_DIR", str(run_dir / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(run_dir))
+    if "wandb" in backends and "WANDB_MODE" not in os.environ:
+        import wandb
+
+        if not wandb.login(prompt=False):
+            os.environ["WANDB_MODE"] = "offline"
+
+
+def attach_run_log(tracking, run_dir: Path):
+    """Add the JSON-lines backend to verl's Tracking object and take the per-layer values off its console."""
+    tracking.logger["mxfp4_run_log"] = JSONLinesLog(run_dir / METRICS_FILE)
+    if "console" in tracking.logger:
+        tracking.logger["console"] = _WithoutLayers(tracking.logger["console"])
+    return tracking
+
+
+class JSONLinesLog:
+    """Appends a line a record and flushes it, so that an interrupted run loses nothing it logged."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Write the numbers of `data`; what is not a number (text, tables) is left to the other loggers."""
+        numbers = {k: _number(v) for k, v in data.items()}
+        self._file.write(json.dumps({"step": step, "data": {k: v for k, v in numbers.items() if v is not None}}) + "\n")
+        self._file.flush()
+
+
+class _WithoutLayers:
+    def __init__(self, console):
+        self._console = console
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self._console.log(data={k: v for k, v in data.items() if not k.startswith(PER_LAYER_PREFIX)}, step=step)
+
+
+def _number(value: Any) -> float | int | None:
+    """A JSON number for anything that is one (NumPy's and torch's scalars too); None for the rest.
+
+    NaN and infinities stay: Python's json writes and reads them, and hiding them would hide a failure.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if math.isfinite(number) and number.is_integer() and not isinstance(value, float) else number

@@ -1,0 +1,28 @@
+"""Registers engine and rollout with verl; imported through `actor_rollout_ref.model.external_lib` in the task runner and in
+every worker, before either is looked up.
+
+The engine takes verl's own strategy names (fsdp, fsdp2): for the CPU verl has none, and on NVIDIA a (device, vendor) key
+goes before verl's device key. With `mxfp4.enable=false` both behave as verl's.
+"""
+
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+from mxfp4_rl.verl_plugin.engine import MXFP4FSDPEngine
+
+ROLLOUT_NAME = "mxfp4_hf"
+
+EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(MXFP4FSDPEngine)
+EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(MXFP4FSDPEngine)
+
+
+def _load_replica():
+    from mxfp4_rl.verl_plugin.rollout import MXFP4Replica
+
+    return MXFP4Replica
+
+
+RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)
+# verl has no public call for the trainer's side of a rollout; this dictionary is what its own backends are listed in.
+_ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "mxfp4_rl.verl_plugin.rollout.MXFP4RolloutAdapter"

@@ -1,0 +1,319 @@
+"""A rollout made of transformers, `rollout.name=mxfp4_hf`: where vLLM does not run, and where its bits must be the actor's.
+
+verl's rollout has two sides. `MXFP4RolloutAdapter` lives in the training worker and ships weights; `MXFP4Server` is a Ray
+actor that answers `generate` requests, started by `MXFP4Replica`. Weights travel as MXFP4 codes and scales. The server keeps
+the clean norm weights beside the noisy ones (AQN), so validation switches the noise off and on without another sync.
+"""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.utils.device import get_device_name
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+
+from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
+from mxfp4_rl.noise import AQNSchedule, noise_targets
+from mxfp4_rl.quant import MXFP4Tensor
+from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.generation import Sampling, generate
+
+_ACTOR_PREFIX = "mxfp4_hf_server"
+_QUIET = 0.05  # seconds without a new request after which a batch starts
+_LONGEST_WAIT = 0.5  # seconds a request waits for company at most
+
+
+class RolloutModel:
+    """The model a server samples from: its weights, their noise, and generation. No Ray in here.
+
+    Args:
+        path: local checkpoint folder; only its config is read, weights come from `load`.
+        settings: the `mxfp4:` block.
+        schedule: of the noise, or None.
+        dtype: compute dtype, the actor's.
+        device: where it lives.
+        attention: transformers' attn_implementation.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        settings: Settings,
+        schedule: AQNSchedule | None,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        seed: int = 0,
+    ):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        config = AutoConfig.from_pretrained(path, attn_implementation=attention)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        self.report = convert_for_rollout(self.model, settings.recipe) if settings.enable else None
+        self.model.to(device)
+        self.dtype, self.seed, self.schedule = dtype, seed, schedule
+        self.noise_targets = noise_targets(self.model) if schedule else []
+        self.clean: dict[str, torch.Tensor] = {}
+        self.global_steps: int | None = None
+        self._drawn: Counter = Counter()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        self.stop_ids = {tokenizer.eos_token_id}
+        if os.path.exists(os.path.join(path, "generation_config.json")):
+            eos = GenerationConfig.from_pretrained(path).eos_token_id
+            self.stop_ids |= set(eos if isinstance(eos, list) else [eos])
+        self.stop_ids.discard(None)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor | MXFP4Tensor], global_steps: int | None) -> int:
+        """Take the weights of a sync, all or none, and put this step's noise on; returns the bytes that came.
+
+        Raises:
+            ValueError: a weight is missing, unknown, or packed where the model has a plain one (or the reverse).
+        """
+        packed = {f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear}
+        plain = dict(self.model.named_parameters(remove_duplicate=False))
+        plain |= {n: b for n, b in self.model.named_buffers() if n in weights}
+        tied = {n for n, p in plain.items() if any(p is q and n != m and m in weights for m, q in plain.items())}
+        missing = (packed.keys() | plain.keys()) - weights.keys() - tied
+        unknown = weights.keys() - packed.keys() - plain.keys()
+        mixed = [n for n, w in weights.items() if isinstance(w, MXFP4Tensor) != (n in packed)]
+        if missing or unknown or mixed:
+            raise ValueError(
+                "the actor's weights do not fit the rollout's model: "
+                f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, quantised on one side {sorted(mixed)[:3]}"
+            )
+        size = 0
+        for name, weight in weights.items():
+            if name in packed:
+                packed[name].hold(weight.to(self.model.device), self.dtype)
+                size += weight.nbytes
+            else:
+                plain[name].copy_(weight)
+                size += weight.numel() * weight.element_size()
+        self.clean = {name: plain[name].clone() for name in self.noise_targets}
+        if global_steps is not None and global_steps != self.global_steps:
+            self.global_steps = global_steps
+            self._drawn.clear()
+        self.set_noise(True)
+        return size
+
+    @torch.no_grad()
+    def set_noise(self, on: bool) -> float:
+        """Put this step's noise on the clean norm weights, or take it off; returns sigma."""
+        step = self.global_steps or 0
+        parameters = dict(self.model.named_parameters())
+        for name, clean in self.clean.items():
+            parameters[name].copy_(self.schedule.noisy(name, clean, step) if on else clean)
+        return self.schedule.sigma(step) if on and self.schedule else 0.0
+
+    def sample(self, prompts: list[list[int]], limits: list[int], sampling: Sampling) -> list[tuple[list[int], list[float]]]:
+        """Responses and their log-probs. The k-th sample of a prompt in a step has a seed of its own, so a run repeats."""
+        seeds = []
+        for prompt in prompts:
+            key = tuple(prompt)
+            text = f"{self.seed}/{self.global_steps}/{self._drawn[key]}/{key}"
+            seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
+            self._drawn[key] += sampling.temperature > 0
+        return generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: list[int]
+    limit: int
+    sampling: Sampling
+    answer: asyncio.Future
+
+
+class MXFP4Server:
+    """The Ray actor: batches requests that arrive together, one batch at a time, and answers verl's control calls."""
+
+    def __init__(self, config, model_config, replica_rank: int, device: str = "cpu"):
+        if device == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))  # Ray gives its actors one thread
+        custom = dict(config.custom or {})
+        settings = Settings.from_config(custom.get("mxfp4"))
+        steps = custom.get("total_training_steps")
+        schedule = settings.aqn.schedule(steps) if settings.enable and settings.aqn.enable else None
+        override = _get(model_config, "override_config") or {}
+        self.config = config
+        self.rollout = RolloutModel(
+            path=_get(model_config, "local_path") or _get(model_config, "path"),
+            settings=settings,
+            schedule=schedule,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            attention=override.get("attn_implementation", "sdpa"),
+            seed=int(config.seed or 0) + replica_rank,
+        )
+        if self.rollout.report is not None and replica_rank == 0:
+            print(f"[mxfp4] rollout: {self.rollout.report.describe()}", flush=True)
+        self._waiting: list[_Request] = []
+        self._arrived = asyncio.Event()
+        self._worker = ThreadPoolExecutor(1)  # model calls and weight loads, strictly one after the other
+        self._loop_task = None
+        self._last_sync = {"bytes": 0, "seconds": 0.0}
+
+    async def address(self) -> str:
+        return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+
+    async def generate(
+        self, prompt_ids, sampling_params: dict[str, Any], request_id: str, image_data=None, video_data=None, **kwargs
+    ) -> TokenOutput:
+        """One sample; log-probs are those of the sampled distribution."""
+        if image_data or video_data:
+            raise ValueError("rollout.name=mxfp4_hf samples from text only; use another rollout for images and video")
+        if sampling_params.get("repetition_penalty", 1.0) not in (None, 1.0):
+            raise ValueError("rollout.name=mxfp4_hf has no repetition_penalty; set it to 1.0")
+        limit = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.config.response_length
+        room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
+        sampling = Sampling(
+            temperature=float(sampling_params.get("temperature", 1.0)),
+            top_p=float(sampling_params.get("top_p", 1.0)),
+            top_k=int(sampling_params.get("top_k", -1)),
+        )
+        loop = asyncio.get_running_loop()
+        if self._loop_task is None:
+            self._loop_task = loop.create_task(self._serve())
+        request = _Request(list(prompt_ids), max(1, min(int(limit), room)), sampling, loop.create_future())
+        self._waiting.append(request)
+        self._arrived.set()
+        return await request.answer
+
+    async def _serve(self):
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            await self._until_quiet()
+            same = [r for r in self._waiting if r.sampling == self._waiting[0].sampling]
+            batch = same[: self.config.max_num_seqs]
+            self._waiting = [r for r in self._waiting if r not in batch]
+            if not self._waiting:
+                self._arrived.clear()
+            try:
+                samples = await loop.run_in_executor(
+                    self._worker,
+                    self.rollout.sample,
+                    [r.prompt for r in batch],
+                    [r.limit for r in batch],
+                    batch[0].sampling,
+                )
+            except Exception as error:  # goes to those who asked, and the server lives on
+                for request in batch:
+                    request.answer.set_exception(RuntimeError(f"rollout failed: {type(error).__name__}: {error}"))
+                continue
+            for request, (tokens, log_probs) in zip(batch, samples, strict=True):
+                stopped = tokens[-1] in self.rollout.stop_ids
+                request.answer.set_result(
+                    TokenOutput(
+                        token_ids=tokens,
+                        log_probs=log_probs,
+                        stop_reason="completed" if stopped else "length",
+                        extra_fields={"global_steps": self.rollout.global_steps},
+                    )
+                )
+
+    async def _until_quiet(self):
+        """Wait until requests stop arriving: a GRPO step sends its whole wave within a moment."""
+        began, seen = time.monotonic(), 0
+        while len(self._waiting) != seen and time.monotonic() - began < _LONGEST_WAIT:
+            if len(self._waiting) >= self.config.max_num_seqs:
+                return
+            seen = len(self._waiting)
+            await asyncio.sleep(_QUIET)
+
+    async def update_weights(self, weights: dict, global_steps: int | None = None) -> None:
+        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        size = await loop.run_in_executor(self._worker, self.rollout.load, weights, global_steps)
+        self._last_sync = {"bytes": size, "seconds": time.perf_counter() - began}
+
+    async def set_noise(self, on: bool) -> float:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.rollout.set_noise, on)
+
+    async def last_sync(self) -> dict[str, float]:
+        return self._last_sync
+
+    async def weight_bits(self, name: str) -> torch.Tensor:
+        """The operand a layer multiplies by; for checks that trainer and rollout agree."""
+        return converted_layers(self.rollout.model)[name].weight_operand(self.rollout.dtype).cpu()
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        self.rollout.global_steps = global_steps
+
+    async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
+        return {"aborted_count": 0, "request_ids": []}  # the synchronous trainer never has a request in flight here
+
+    # Nothing is cached between requests and nothing is offloaded, so these have nothing to do.
+    async def _nothing(self, *args, **kwargs):
+        return None
+
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = resume_generation = _nothing
+    start_profile = stop_profile = _nothing
+
+
+class MXFP4Replica(RolloutReplica):
+    """Starts one server a replica, on the node of its training worker."""
+
+    async def launch_servers(self):
+        if self.world_size != 1:
+            raise ValueError("rollout.name=mxfp4_hf runs a replica in one process: set rollout.tensor_model_parallel_size=1")
+        options = {
+            "name": f"{_ACTOR_PREFIX}_{self.replica_rank}{self.name_suffix}",
+            "max_concurrency": self.max_concurrency,
+            "num_cpus": 0,
+        }
+        device = get_device_name()
+        if device != "cpu":
+            # The replica shares its worker's GPU, which the placement group has given to the worker.
+            node, visible = await self.workers[0].__ray_call__.remote(_node_and_devices)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+            names = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            options["runtime_env"] = {"env_vars": names}
+        server = ray.remote(MXFP4Server).options(**options)
+        self._server_handle = server.remote(self.config, self.model_config, self.replica_rank, device)
+        self.servers = [self._server_handle]
+        self._server_address = await self._server_handle.address.remote()
+
+
+def _node_and_devices(worker) -> tuple[str, str]:
+    return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+class MXFP4RolloutAdapter(BaseRollout):
+    """The training worker's side: collects the engine's weights and hands them to its replica's server."""
+
+    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+        self._server = None
+
+    async def update_weights(self, weights, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs):
+        if wire_format != "named_tensors":
+            raise ValueError(f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync")
+        # The generator gathers across ranks, so every rank drains it; its tensors are the live parameters.
+        shipped = {n: w if isinstance(w, MXFP4Tensor) else w.detach().to("cpu", copy=True) for n, w in weights}
+        if self._server is None:
+            self._server = ray.get_actor(f"{_ACTOR_PREFIX}_{self.replica_rank}")
+        await self._server.update_weights.remote(shipped, global_steps)
+
+    async def resume(self, tags: list[str]):
+        return None
+
+    async def release(self):
+        return None
+
+
+def _get(config, name: str):
+    return config.get(name) if hasattr(config, "get") else getattr(config, name, None)

@@ -1,0 +1,117 @@
+"""verl's synchronous trainer with MXFP4's hooks: error metrics each step, noise off in validation, the run's own log.
+
+Registered as `trainer.v1.trainer_mode=mxfp4_sync`. Every hook is one that verl's trainer offers to subclasses; with
+`mxfp4.enable=false` only the log remains.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import ray
+from omegaconf import open_dict
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from mxfp4_rl.monitor.components import error_metrics, pool
+from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.loggers import attach_run_log, prepare_backends
+from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
+
+
+def register(_verl_trainers) -> None:
+    """Post-import hook of `verl.trainer.ppo.v1`; importing this module has registered the trainer."""
+
+
+@register_trainer("mxfp4_sync")
+class MXFP4TrainerSync(PPOTrainerSync):
+    """PPOTrainerSync that measures, logs and keeps validation free of noise."""
+
+    def __init__(self, config):
+        self.settings = Settings.from_config(config.get("mxfp4"))
+        self.run_dir = Path(self.settings.run_dir or f"runs/{config.trainer.experiment_name}").absolute()
+        prepare_backends(self.run_dir, config.trainer.logger)
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"  # verl compares this string in several places
+        super().__init__(config)
+        # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
+        self.replay_buffer.poll_interval = 0.05
+        self.noise = self.settings.aqn.schedule(self._total_steps()) if self.settings.enable else None
+        print(f"[mxfp4] trainer: run directory {self.run_dir}", flush=True)
+
+    def _total_steps(self) -> int:
+        steps = self.config.trainer.total_training_steps
+        if steps is None and self.settings.aqn.enable:
+            raise ValueError("trainer.total_training_steps is null: the noise schedule (mxfp4.aqn) needs the run's length")
+        return steps or 1
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef, Role.RefPolicy):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(MXFP4ActorRolloutRefWorker)
+
+    # verl makes its logger inside fit(); ours is added to it as it is set.
+    @property
+    def logger(self):
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracking):
+        self._logger = attach_run_log(tracking, self.run_dir)
+
+    def on_init_end(self):
+        print("[mxfp4] trainer: first weight sync", flush=True)
+        super().on_init_end()
+
+    def on_validate_begin(self):
+        super().on_validate_begin()
+        self._set_noise(False)
+
+    def on_validate_end(self):
+        self._set_noise(True)
+        super().on_validate_end()
+
+    def on_step_end(self):
+        super().on_step_end()
+        syncs = self._servers("last_sync")
+        if syncs:
+            self._pending_sync_metrics = {
+                "mxfp4_sync/bytes": sum(s["bytes"] for s in syncs),
+                "mxfp4_sync/seconds": max(s["seconds"] for s in syncs),
+            }
+
+    def _update_actor(self, batch, metrics):
+        every = self.settings.monitor.every
+        measure = self.settings.enable and every > 0 and (self.global_steps - 1) % every == 0
+        if measure:
+            self.actor_rollout_wg.start_measuring()
+        batch = super()._update_actor(batch, metrics)
+        if measure:
+            began = time.perf_counter()
+            errors = pool(self.actor_rollout_wg.collect_errors())
+            metrics.update(error_metrics(errors, self.settings.monitor.layers))
+            metrics["timing_s/mxfp4_monitor"] = time.perf_counter() - began
+        if self.noise is not None:
+            metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
+        return batch
+
+    def _save_checkpoint(self):
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = self.settings.recipe.to_dict() if self.settings.enable else None
+        (folder / "mxfp4_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        super()._save_checkpoint()  # writes the pointer to the latest checkpoint last
+
+    def _set_noise(self, on: bool) -> None:
+        if self.noise is not None:
+            self._servers("set_noise", on)
+
+    def _servers(self, method: str, *args) -> list:
+        """Call `method` on every rollout server that is ours."""
+        if self.config.actor_rollout_ref.rollout.name != "mxfp4_hf":
+            return []
+        replicas = self.llm_server_manager.get_replicas()
+        return ray.get([getattr(s, method).remote(*args) for replica in replicas for s in replica.servers])
