@@ -8,6 +8,7 @@ and the nearest one that exists. Keys under `mxfp4.` need no `+`: the block's sc
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.resources
 import importlib.util
 import re
@@ -84,10 +85,8 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
 
 def unknown_keys(config: DictConfig) -> list[str]:
     """One sentence for each key that verl would ignore: set in a user's yaml, absent from verl's configuration."""
-    base = _compose(BASE_CONFIG, [], None)
     sentences = []
-    for block in UNCHECKED_BLOCKS:
-        known = list(base[block].keys())
+    for block, known in _known_keys().items():
         for key in config.get(block) or {}:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -137,6 +136,12 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | Path | None)
     folder = Path(config_dir) if config_dir is not None else packaged_config_dir()
     with initialize_config_dir(str(folder.resolve()), version_base=None, job_name="mxfp4-rl"):
         return compose(name, overrides=list(overrides))
+
+
+@functools.cache
+def _known_keys() -> dict[str, list[str]]:
+    base = _compose(BASE_CONFIG, [], None)
+    return {block: list(base[block].keys()) for block in UNCHECKED_BLOCKS}
 
 
 def _lenient(override: str) -> str:

@@ -13,35 +13,46 @@ _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Fa
 _WRAPPERS = re.compile(
     r"^(?:ray\.exceptions\.)?(?:RayTaskError|RayActorError|ActorDiedError|ActorUnavailableError|SystemExit)\b"
 )
-_CONTINUATION_LINES = 5
+MESSAGE_LINES = 6
+
+
+# What follows an exception's message: the rest of a traceback, another one, or an ordinary line of the log.
+_NEXT_THING = re.compile(r"Traceback|The above exception|During handling|Exception ignored|\[|\d{4}-|  File |\s*$")
 
 
 def strip_prefix(line: str) -> str:
     """A log line without colours and without the prefix that names the Ray process it comes from."""
-    return _RAY_PREFIX.sub("", _ANSI.sub("", line).rstrip("\n"))
+    return _split(line)[1]
 
 
 def find_failure(lines: Sequence[str]) -> str:
-    """The most useful lines of a failed run's log: the last exception that is not a wrapper with its message, else the
-    last wrapper, else the log's last lines."""
-    clean = [strip_prefix(line) for line in lines]
-    found = [i for i, line in enumerate(clean) if _EXCEPTION.match(line)]
-    useful = [i for i in found if not _WRAPPERS.match(clean[i])]
-    # What the first process itself printed without a prefix is the end of the story; workers may complain after it.
-    driver = [i for i in useful if not _RAY_PREFIX.match(_ANSI.sub("", lines[i]))]
-    for candidates in (driver, useful, found):
+    """The most useful lines of a failed run's log.
+
+    They are the last exception that is no wrapper, with its message; else the last wrapper; else the log's last lines.
+    """
+    split = [_split(line) for line in lines]
+    found = [i for i, (_, text) in enumerate(split) if _EXCEPTION.match(text)]
+    useful = [i for i in found if not _WRAPPERS.match(split[i][1])]
+    # What the first process itself printed, without a prefix, tells the end; workers may still complain after it.
+    own = [i for i in useful if not split[i][0]]
+    for candidates in (own, useful, found):
         if candidates:
-            return "\n".join(_with_message(clean, candidates[-1]))
-    return "\n".join([line for line in clean if line.strip()][-_CONTINUATION_LINES:]) or "the log is empty"
+            return "\n".join(_with_message(split, candidates[-1]))
+    return "\n".join([text for _, text in split if text.strip()][-MESSAGE_LINES:]) or "the log is empty"
 
 
-def _with_message(lines: Sequence[str], first: int) -> list[str]:
-    """The exception's line and the lines of its message that follow, up to the next thing the log says."""
-    kept = [lines[first]]
-    for line in lines[first + 1 : first + 1 + _CONTINUATION_LINES]:
-        if not line.strip() or re.match(
-            r"Traceback|The above exception|During handling|\[|\d{4}-|  File |Exception ignored", line
-        ):
+def _split(line: str) -> tuple[str, str]:
+    """(prefix that names the process, text)."""
+    plain = _ANSI.sub("", line).rstrip("\n")
+    text = _RAY_PREFIX.sub("", plain)
+    return plain[: len(plain) - len(text)], text
+
+
+def _with_message(split: Sequence[tuple[str, str]], first: int) -> list[str]:
+    """The exception's line and the further lines of its message, which come from the same process."""
+    kept = [split[first][1]]
+    for prefix, text in split[first + 1 : first + MESSAGE_LINES]:
+        if prefix != split[first][0] or _NEXT_THING.match(text):
             break
-        kept.append(line)
+        kept.append(text)
     return kept

@@ -67,8 +67,8 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
     joins_cluster = _joins_cluster(config)
     try:
         _check_resume(config)
-        warnings += check_batches(config)
         warnings += check_resources(config, joins_cluster)
+        warnings += check_batches(config)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
         raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
@@ -224,8 +224,8 @@ def check_resources(config: DictConfig, joins_cluster: bool) -> list[str]:
     ray_init = config.ray_kwargs.ray_init
     if (ray_init.get("num_gpus") or 0) < per_node:
         raise LaunchError(
-            f"ray_kwargs.ray_init.num_gpus={ray_init.get('num_gpus')} is below trainer.n_gpus_per_node={per_node}: verl "
-            f"counts workers in GPUs on a CPU too; set ++ray_kwargs.ray_init.num_gpus={per_node} (only a number)"
+            f"ray_kwargs.ray_init.num_gpus={ray_init.get('num_gpus')} is below trainer.n_gpus_per_node={per_node}: "
+            f"verl counts workers in GPUs on a CPU too; set ++ray_kwargs.ray_init.num_gpus={per_node} (only a number)"
         )
     # A worker's placement group reserves 3 CPUs, and every other actor needs 1 to be placed; verl waits for ever.
     wanted = 3 * per_node + config.actor_rollout_ref.rollout.agent.num_workers + config.reward.num_workers + 8

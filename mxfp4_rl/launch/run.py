@@ -113,7 +113,9 @@ def _show_news(display: Display, metrics: Tail, log: Tail) -> None:
 def _signals_caught() -> Iterator[list[int]]:
     """A list that collects SIGINT, SIGTERM and SIGHUP, which would end this process otherwise."""
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: the run outlives its terminal
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda n, frame: caught.append(n)) for number in numbers}
     try:
         yield caught

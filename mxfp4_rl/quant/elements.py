@@ -27,7 +27,7 @@ def round_e2m1(
     element's, since even multiples of the step are the even codes. The result keeps the sign of zero.
 
     Args:
-        t: values in units of the block scale.
+        t: values in units of the block scale, below 2^100 in magnitude (NaN allowed).
         out: buffer of the same shape and dtype for the result, not `t` itself.
         scratch: buffer of the same shape and dtype to overwrite, not `t` or `out`.
     """

@@ -135,7 +135,7 @@ def quantize(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1,
             macro[r] = done.macro
     built = None
     for codes, scales in reversed(passes):
-        built = MXFP4Tensor(codes.view(*lead, -1), scales.view(*lead, blocks), x.shape, axis, residual=built)
+        built = MXFP4Tensor(codes.view(*lead, blocks * 16), scales.view(*lead, blocks), x.shape, axis, residual=built)
     built.macro_size = recipe.macro_size
     if macro is not None:
         built.macro = macro.view(*lead, macro.shape[-1])

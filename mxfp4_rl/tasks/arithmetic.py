@@ -4,9 +4,11 @@ A problem is ``a op b`` in words a chat model understands. A small pretrained mo
 that reinforcement learning has a signal from the first step, and far from all, so that there is something to learn.
 Everything follows from the options and the seed; nothing is downloaded.
 
-Training and validation share no problem, in either order of the operands: ``3 + 4`` in one keeps ``4 + 3`` out of the other.
+Training and validation share no problem, in either order of the operands: ``3 + 4`` in one keeps ``4 + 3`` out of the
+other.
 
-verl finds the score as ``reward.custom_reward_function.path=pkg://mxfp4_rl.tasks.arithmetic`` and ``name=compute_score``.
+verl finds the score by ``reward.custom_reward_function``: ``path=pkg://mxfp4_rl.tasks.arithmetic``,
+``name=compute_score``.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ DATA_SOURCE = "arithmetic"  # verl puts it in the names of the validation metric
 
 _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
-# With these defaults SmolLM2-135M-Instruct in BF16 scores about 0.10 sampled at temperature 1 and 0.56 greedy at the start,
-# with replies of at most 12 tokens: it answers "9 + 14 = 23", which is up to 12 tokens with the end token, since each digit
-# is one. (A cap of 8 would cut off half of its right answers.)
+# With these defaults SmolLM2-135M-Instruct in BF16 starts at a score of 0.11 sampled at temperature 1 and 0.52 greedy
+# (128 held-out problems, 4 samples each), with replies of at most 12 tokens. It answers "9 + 14 = 23", where each digit
+# is a token, and with its end token that can take 12; a cap of 8 leaves 0.04 and 0.31.
 RECOMMENDED_RESPONSE_TOKENS = 12
 # Operand ranges, both ends included.
 DEFAULT_OPS = ("+", "*")
@@ -207,9 +209,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
     So these score for 7: ``7``, ``= 7``, ``7.``, ``**7**``, ``+7``, ``3 + 4 = 7``, ``The answer is 7.``
     And these do not: ``7 8 9 10 11`` and ``6 or 7`` (guessing), ``7 apples`` and ``7, because`` (does not end),
-    ``3 + 4`` (no answer), ``7.0``, ``07``, ``14/2`` (another notation), ``seven``. Thousands separators are allowed where
-    they belong (``1,234``). A restatement counts because that is how small models answer from the start; it gives no
-    second guess, since only the one number behind it is read.
+    ``3 + 4`` (no answer), ``7.0``, ``07``, ``14/2`` (another notation), ``seven``. Thousands separators are allowed
+    where they belong (``1,234``). A restatement counts because that is how small models answer from the start; it gives
+    no second guess, since only the one number behind it is read.
 
     Args:
         data_source, extra_info, kwargs: not used; verl passes them.
@@ -258,7 +260,7 @@ def _final_integer(text: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _warn_once(ground_truth: str) -> None:
-    logger.warning("ground truth %r is not an integer, such rows always score 0: is this arithmetic data?", ground_truth)
+    logger.warning("ground truth %r is not an integer, its rows always score 0: is this arithmetic data?", ground_truth)
 
 
 def _row(problem: Problem, split: str, index: int) -> dict:

@@ -1,0 +1,96 @@
+"""The error's parts add up to it, are orthogonal where the theory says so, and give the paper's table."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mxfp4_rl import QuantRecipe, decompose
+from mxfp4_rl.quant import ErrorStats, error_stats, fake_quantize
+from tests.test_quant import RECIPES, awkward, ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES, ids=ids)
+def test_parts_sum_to_the_error_exactly(recipe, dtype):
+    x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    error = fake_quantize(x, recipe, dtype=torch.float32).double() - x.double()
+    assert torch.equal(decompose(x, recipe).total(), error)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 200), st.sampled_from(RECIPES), st.integers(-80, 80))
+def test_parts_sum_to_the_error_exactly_for_any_draw(seed, length, recipe, shift):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, length, generator=g) ** 3 * 2.0**shift
+    assert torch.equal(decompose(x, recipe).total(), fake_quantize(x, recipe).double() - x.double())
+
+
+@pytest.mark.parametrize("rule", ["rceil", "ceil"])
+@pytest.mark.parametrize("macro", [None, "static"])
+def test_deadzone_is_orthogonal_where_the_scale_never_clips(rule, macro):
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    parts = decompose(x, QuantRecipe(scale_rule=rule, macro_block=macro))
+    assert (parts.deadzone * parts.grid_noise == 0).all()
+    assert (parts.deadzone * parts.scale_bias == 0).all()
+    assert (parts.deadzone != 0).any()
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "oas"])
+def test_deadzone_is_not_orthogonal_where_the_scale_may_clip(rule):
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    parts = decompose(x, QuantRecipe(scale_rule=rule))
+    assert (parts.deadzone * parts.scale_bias != 0).any()
+
+
+def test_paper_table_shares_on_near_gaussian_weights():
+    """Qwen2.5-3B: S 1.725, D .026, G .703, cos -.657; t(30) rows with log-uniform sigma reproduce it to .01."""
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(2048, 1024, generator=g)
+    chi2 = torch.randn(30, 2048, 1024, generator=g).square_().sum(0)
+    x = normal / (chi2 / 30).sqrt() * torch.exp2(torch.rand(2048, 1, generator=g))
+    stats = error_stats(x)
+    shares, metrics = stats.shares(), stats.metrics()
+    assert shares["scale_bias"] == pytest.approx(1.725, abs=0.015)
+    assert shares["deadzone"] == pytest.approx(0.0223, abs=0.002)
+    assert shares["grid_noise"] == pytest.approx(0.703, abs=0.015)
+    assert metrics["cos_scale_grid"] == pytest.approx(-0.657, abs=0.01)
+    assert metrics["delta_mean"] == pytest.approx(0.5, abs=0.01)
+    s, d, gr, c = shares["scale_bias"], shares["deadzone"], shares["grid_noise"], metrics["cos_scale_grid"]
+    assert s + d + gr + 2 * c * (s * gr) ** 0.5 == pytest.approx(1.0, abs=1e-9)
+
+
+def test_corrections_show_as_a_fall_of_their_part():
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    plain = error_stats(x).metrics()
+    mbs = error_stats(x, QuantRecipe(macro_block="static")).metrics()
+    of = error_stats(x, QuantRecipe(fallback_alpha=0.5)).metrics()
+    assert mbs["scale_bias"] < 0.75 * plain["scale_bias"] and mbs["rel_mse"] < plain["rel_mse"]
+    assert of["fallback"] > 0 and plain["fallback"] == 0
+    assert of["rel_mse"] == pytest.approx(plain["rel_mse"] / 4, rel=0.02)
+    assert of["deadzone"] == plain["deadzone"]
+
+
+def test_pooled_statistics_are_ratios_of_sums():
+    a, b = torch.randn(64, 128), 10 * torch.randn(32, 128)
+    pooled, joint = error_stats(a) + error_stats(b), error_stats(torch.cat((a, b)))
+    for name, value in joint.metrics().items():
+        assert pooled.metrics()[name] == pytest.approx(value, rel=1e-9)
+    assert ErrorStats().metrics() == {} and error_stats(torch.zeros(4, 64)).metrics() == {}
+
+
+def test_a_broken_block_does_not_poison_the_statistics():
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    broken = x.clone()
+    broken[3, 70] = float("nan")
+    clean = x.clone()
+    clean[3, 64:96] = 0
+    got, expected = error_stats(broken).metrics(), error_stats(clean).metrics()
+    assert got["rel_mse"] == pytest.approx(expected["rel_mse"], rel=1e-12)
+    assert decompose(broken).total()[3, 64:96].isnan().all()
+
+
+def test_awkward_values_stay_finite():
+    x = awkward().clamp(-1e37, 1e37)
+    for recipe in RECIPES:
+        assert decompose(x, recipe).total().isfinite().all()
