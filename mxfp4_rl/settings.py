@@ -1,12 +1,12 @@
 """The `mxfp4:` block of a run's configuration, checked: what the plugin's parts in every process read.
 
-    enable: true
-    recipe: {...}              a QuantRecipe for every operand; weight, activation, grad over it; ModelRecipe's fields
-    quantize_reference: false  quantise the reference policy too
-    aqn: {enable, sigma_start, sigma_end, stages, seed}
-    monitor: {every, max_rows, layers}
-    run_dir: where metrics, checkpoints and the report go
-    task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
+enable: true
+recipe: {...}              a QuantRecipe for every operand; weight, activation, grad over it; ModelRecipe's fields
+quantize_reference: false  quantise the reference policy too
+aqn: {enable, sigma_start, sigma_end, stages, seed}
+monitor: {every, max_rows, layers}
+run_dir: where metrics, checkpoints and the report go
+task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
 """
 
 from __future__ import annotations

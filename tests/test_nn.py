@@ -30,8 +30,12 @@ def relative(a, b):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "dgrad, wgrad, grad", [(d, w, g) for d, w, g in itertools.product(("ste", "bf16", "mx"), ("ste", "bf16", "mx"), (None, GRAD))
-                           if g is not None or "mx" not in (d, w)]
+    "dgrad, wgrad, grad",
+    [
+        (d, w, g)
+        for d, w, g in itertools.product(("ste", "bf16", "mx"), ("ste", "bf16", "mx"), (None, GRAD))
+        if g is not None or "mx" not in (d, w)
+    ],
 )
 def test_every_switch_computes_its_formula(dgrad, wgrad, grad, bias):
     torch.manual_seed(0)

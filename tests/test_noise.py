@@ -50,8 +50,16 @@ def test_the_norm_that_feeds_a_router_stays_clean():
 
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=32, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, head_dim=16,
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=32,
+            moe_intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=4,
+            num_experts_per_tok=2,
+            head_dim=16,
         )
     )
     targets = noise_targets(model)

@@ -56,7 +56,11 @@ def test_settings_name_the_key_and_the_nearest_one(block, message):
 
 @pytest.mark.parametrize(
     "aqn, message",
-    [({"sigma_start": 0.1, "sigma_end": 0.2}, "sigma_end"), ({"stages": 1}, "stages=1"), ({"sigma_end": 0}, "sigma_end=0")],
+    [
+        ({"sigma_start": 0.1, "sigma_end": 0.2}, "sigma_end"),
+        ({"stages": 1}, "stages=1"),
+        ({"sigma_end": 0}, "sigma_end=0"),
+    ],
 )
 def test_noise_schedule_is_checked(aqn, message):
     settings = Settings.from_config({"aqn": {"enable": True, **aqn}})
@@ -66,7 +70,12 @@ def test_noise_schedule_is_checked(aqn, message):
 
 def test_shared_keys_apply_to_every_operand_and_are_overridden_for_one():
     recipe = ModelRecipe.from_dict(
-        {"macro_block": "static", "fallback_alpha": 0.5, "activation": {"fallback_alpha": None}, "grad": {"scale_rule": "oas"}}
+        {
+            "macro_block": "static",
+            "fallback_alpha": 0.5,
+            "activation": {"fallback_alpha": None},
+            "grad": {"scale_rule": "oas"},
+        }
     )
     assert recipe.weight == QuantRecipe(macro_block="static", fallback_alpha=0.5)
     assert recipe.activation == QuantRecipe(macro_block="static")
@@ -76,7 +85,9 @@ def test_shared_keys_apply_to_every_operand_and_are_overridden_for_one():
 
 
 def test_recipes_survive_json():
-    recipe = ModelRecipe.from_dict({"macro_block": "dynamic", "overrides": {"q_proj": {"macro_size": 64}}, "exclude": ["o_proj"]})
+    recipe = ModelRecipe.from_dict(
+        {"macro_block": "dynamic", "overrides": {"q_proj": {"macro_size": 64}}, "exclude": ["o_proj"]}
+    )
     assert ModelRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 

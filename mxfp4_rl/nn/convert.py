@@ -78,7 +78,9 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
     unmatched = [p for p, count in report.by_pattern.items() if not count]
     if unmatched:
         some = ", ".join([*report.converted][:3]) or "none"
-        raise RecipeError(f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}")
+        raise RecipeError(
+            f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}"
+        )
     if not report.converted:
         why = "; ".join(f"{n}: {r}" for n, r in [*report.skipped.items()][:4]) or "it has no nn.Linear"
         raise RecipeError(f"{type(model).__name__} has nothing to quantise ({why}); change the recipe or the model")
@@ -131,7 +133,7 @@ def release_operands(model: nn.Module) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """"re:..." is searched in the dotted name; any other pattern is a whole name or its last dotted parts."""
+    """ "re:..." is searched in the dotted name; any other pattern is a whole name or its last dotted parts."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     return name == pattern or name.endswith("." + pattern)

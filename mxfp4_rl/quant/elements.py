@@ -17,9 +17,7 @@ _LAYOUT = {
 }
 
 
-def round_e2m1(
-    t: torch.Tensor, out: torch.Tensor | None = None, scratch: torch.Tensor | None = None
-) -> torch.Tensor:
+def round_e2m1(t: torch.Tensor, out: torch.Tensor | None = None, scratch: torch.Tensor | None = None) -> torch.Tensor:
     """Round `t` (float32 or float64, any shape) to the nearest E2M1 value, ties to even code; NaN stays NaN.
 
     Adding and subtracting M = 1.5 * 2^(p-2) * 2^e, with e the exponent of t (at least 0) and p the bits of the

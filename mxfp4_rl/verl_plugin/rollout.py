@@ -81,7 +81,9 @@ class RolloutModel:
         Raises:
             ValueError: a weight is missing, unknown, or packed where the model has a plain one (or the reverse).
         """
-        packed = {f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear}
+        packed = {
+            f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear
+        }
         plain = dict(self.model.named_parameters(remove_duplicate=False))
         plain |= {n: b for n, b in self.model.named_buffers() if n in weights}
         tied = {n for n, p in plain.items() if any(p is q and n != m and m in weights for m, q in plain.items())}
@@ -117,7 +119,9 @@ class RolloutModel:
             parameters[name].copy_(self.schedule.noisy(name, clean, step) if on else clean)
         return self.schedule.sigma(step) if on and self.schedule else 0.0
 
-    def sample(self, prompts: list[list[int]], limits: list[int], sampling: Sampling) -> list[tuple[list[int], list[float]]]:
+    def sample(
+        self, prompts: list[list[int]], limits: list[int], sampling: Sampling
+    ) -> list[tuple[list[int], list[float]]]:
         """Responses and their log-probs. The k-th sample of a prompt in a step has a seed of its own, so a run repeats."""
         seeds = []
         for prompt in prompts:
@@ -176,7 +180,9 @@ class MXFP4Server:
             raise ValueError("rollout.name=mxfp4_hf samples from text only; use another rollout for images and video")
         if sampling_params.get("repetition_penalty", 1.0) not in (None, 1.0):
             raise ValueError("rollout.name=mxfp4_hf has no repetition_penalty; set it to 1.0")
-        limit = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.config.response_length
+        limit = (
+            sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.config.response_length
+        )
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         sampling = Sampling(
             temperature=float(sampling_params.get("temperature", 1.0)),
@@ -268,7 +274,9 @@ class MXFP4Replica(RolloutReplica):
 
     async def launch_servers(self):
         if self.world_size != 1:
-            raise ValueError("rollout.name=mxfp4_hf runs a replica in one process: set rollout.tensor_model_parallel_size=1")
+            raise ValueError(
+                "rollout.name=mxfp4_hf runs a replica in one process: set rollout.tensor_model_parallel_size=1"
+            )
         options = {
             "name": f"{_ACTOR_PREFIX}_{self.replica_rank}{self.name_suffix}",
             "max_concurrency": self.max_concurrency,
@@ -299,9 +307,13 @@ class MXFP4RolloutAdapter(BaseRollout):
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
         self._server = None
 
-    async def update_weights(self, weights, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs):
+    async def update_weights(
+        self, weights, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs
+    ):
         if wire_format != "named_tensors":
-            raise ValueError(f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync")
+            raise ValueError(
+                f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync"
+            )
         # The generator gathers across ranks, so every rank drains it; its tensors are the live parameters.
         shipped = {n: w if isinstance(w, MXFP4Tensor) else w.detach().to("cpu", copy=True) for n, w in weights}
         if self._server is None:

@@ -5,7 +5,6 @@ Registered as `trainer.v1.trainer_mode=mxfp4_sync`. Every hook is one that verl'
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -44,7 +43,9 @@ class MXFP4TrainerSync(PPOTrainerSync):
     def _total_steps(self) -> int:
         steps = self.config.trainer.total_training_steps
         if steps is None and self.settings.aqn.enable:
-            raise ValueError("trainer.total_training_steps is null: the noise schedule (mxfp4.aqn) needs the run's length")
+            raise ValueError(
+                "trainer.total_training_steps is null: the noise schedule (mxfp4.aqn) needs the run's length"
+            )
         return steps or 1
 
     def _init_resource_pool_mgr(self):

