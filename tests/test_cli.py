@@ -409,14 +409,15 @@ import yaml
 
 config_path, parent, temp_dir = sys.argv[1:]
 if "watched" in {mode!r}:
-    from mxfp4_rl.launch.child import end_with_parent
+    from mxfp4_rl.launch.child import become_subreaper, end_with_parent
+    become_subreaper()
     end_with_parent(int(parent), temp_dir)
 config = yaml.safe_load(Path(config_path).read_text())
 run = Path(config["mxfp4"]["run_dir"])
 print("[mxfp4] importing verl")
 assert config["ray_kwargs"]["ray_init"]["_temp_dir"] == temp_dir and len(temp_dir) < 40
 # Like Ray's workers: another session, deaf to SIGTERM, without our environment and name, and orphaned.
-stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN); "
+stubborn = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); s.signal(s.SIGINT, s.SIG_IGN); "
 stubborn += "print('deaf', flush=True); time.sleep(120)"
 clean = {{k: v for k, v in os.environ.items() if k != "MXFP4_RL_RUN_ID"}}
 daemon = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True, "
@@ -484,10 +485,16 @@ def temp_dir_of(tmp_path):
 
 def assert_nothing_left(tmp_path):
     assert not is_running(worker_pid(tmp_path))
-    assert not temp_dir_of(tmp_path).exists()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            assert str(temp_dir_of(tmp_path)) not in " ".join(process.cmdline())
+    temp_dir = temp_dir_of(tmp_path)
+    assert not temp_dir.exists()
+    assert not any(str(temp_dir) in _command(process) for process in psutil.process_iter())
+
+
+def _command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -525,16 +532,9 @@ def test_killed_launcher_takes_the_run_with_it(tmp_path, model_dir):
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
     process.kill()
     process.communicate()
-    child = [p for p in psutil.process_iter() if "fake_watched.py" in " ".join(_cmdline(p))]
+    child = [p for p in psutil.process_iter() if "fake_watched.py" in _command(p)]
     wait_for(lambda: not any(is_running(p.pid) for p in child), seconds=8)
-    assert not temp_dir_of(tmp_path).exists()
-
-
-def _cmdline(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    assert_nothing_left(tmp_path)
 
 
 def test_crash_shows_the_cause(tmp_path, model_dir, capfd):

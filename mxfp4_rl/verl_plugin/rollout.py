@@ -315,7 +315,13 @@ class MXFP4RolloutAdapter(BaseRollout):
                 f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync"
             )
         # The generator gathers across ranks, so every rank drains it; its tensors are the live parameters.
-        shipped = {n: w if isinstance(w, MXFP4Tensor) else w.detach().to("cpu", copy=True) for n, w in weights}
+        dtype, tied = getattr(torch, self.config.dtype), self.model_config.hf_config.tie_word_embeddings
+        shipped = {}
+        for name, weight in weights:
+            if isinstance(weight, MXFP4Tensor):
+                shipped[name] = weight.to("cpu")
+            elif not (tied and name == "lm_head.weight"):
+                shipped[name] = weight.detach().to("cpu", dtype, copy=True)
         if self._server is None:
             self._server = ray.get_actor(f"{_ACTOR_PREFIX}_{self.replica_rank}")
         await self._server.update_weights.remote(shipped, global_steps)

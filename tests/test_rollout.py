@@ -1,0 +1,152 @@
+"""Sampling and the rollout's weights, without Ray."""
+
+import pytest
+import torch
+
+from mxfp4_rl.nn import convert, converted_layers
+from mxfp4_rl.noise import AQNSchedule
+from mxfp4_rl.quant import quantize
+from mxfp4_rl.settings import Settings
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
+from mxfp4_rl.verl_plugin.generation import Sampling, generate
+from mxfp4_rl.verl_plugin.rollout import RolloutModel
+from tests.test_nn import llama
+
+SETTINGS = Settings.from_config({"enable": True, "recipe": {"macro_block": "static", "fallback_alpha": 0.5}})
+
+
+def full_log_probs(model, prompt, tokens, warper=None):
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    if warper:
+        logits = warper(None, logits)
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama().eval()
+
+
+def test_greedy_equals_argmax_of_full_forwards(model):
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
+    out = generate(model, prompts, [6, 6, 6], [0, 0, 0], Sampling(temperature=0), {63}, 0)
+    for prompt, (tokens, log_probs) in zip(prompts, out, strict=True):
+        ids = list(prompt)
+        for token in tokens:
+            with torch.no_grad():
+                assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+        assert torch.tensor(log_probs) == pytest.approx(full_log_probs(model, prompt, tokens), abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(1.3, top_p=0.8)])
+def test_log_probs_are_those_of_the_sampled_distribution(model, sampling):
+    (tokens, log_probs), = generate(model, [[1, 2, 3]], [8], [5], sampling, {63}, 0)
+    expected = full_log_probs(model, [1, 2, 3], tokens, sampling.warper())
+    assert torch.tensor(log_probs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_sample_depends_on_its_seed_alone(model):
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 3], [1, 2, 3]]
+    together = generate(model, prompts, [8, 3, 8, 8], [10, 11, 12, 10], Sampling(), {63}, 0)
+    for prompt, limit, seed, expected in zip(prompts, [8, 3, 8, 8], [10, 11, 12, 10], together, strict=True):
+        (alone,) = generate(model, [prompt], [limit], [seed], Sampling(), {63}, 0)
+        assert alone[0] == expected[0] and alone[1] == pytest.approx(expected[1], abs=1e-4)
+        assert len(expected[0]) <= limit
+    assert together[0][0] == together[3][0] != together[2][0]
+
+
+def test_samples_follow_the_distribution(model):
+    n = 3000
+    out = generate(model, [[1, 2, 3]] * n, [1] * n, list(range(n)), Sampling(temperature=0.5), set(), 0)
+    counts = torch.bincount(torch.tensor([tokens[0] for tokens, _ in out]), minlength=64) / n
+    with torch.no_grad():
+        p = (model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.5).softmax(-1)
+    assert (counts - p).abs().max() < 5 * (p.max() / n).sqrt()
+
+
+def test_responses_end_with_the_stop_token(model):
+    n = 200
+    stop = set(range(0, 64, 4))
+    for tokens, log_probs in generate(model, [[1]] * n, [6] * n, list(range(n)), Sampling(), stop, 0):
+        assert len(tokens) == len(log_probs) and not set(tokens[:-1]) & stop
+        assert tokens[-1] in stop or len(tokens) == 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", seed=0)
+
+
+def weights_of(path, settings=SETTINGS):
+    """What an actor in BF16 would ship, and the actor."""
+    from transformers import AutoModelForCausalLM
+
+    actor = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    state = actor.state_dict()
+    if settings.enable:
+        convert(actor, settings.recipe)
+        for name, layer in converted_layers(actor).items():
+            state[f"{name}.weight"] = quantize(layer.weight, layer.recipe.weight)
+    return state, actor
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_rollout_model_computes_the_actors_logits(checkpoint, enable):
+    settings = SETTINGS if enable else Settings()
+    state, actor = weights_of(checkpoint, settings)
+    rollout = RolloutModel(str(checkpoint), settings, None, torch.bfloat16)
+    size = rollout.load(state, 0)
+    ids = torch.randint(5, 40, (3, 12))
+    with torch.no_grad():
+        assert torch.equal(rollout.model(ids).logits, actor(ids).logits)
+    shipped = [w.nbytes if hasattr(w, "scales") else w.numel() * w.element_size() for w in state.values()]
+    assert size == sum(shipped)
+
+
+def test_noise_is_on_in_rollout_off_in_validation_and_never_adds_up(checkpoint):
+    schedule = AQNSchedule(total_steps=10)
+    state, _ = weights_of(checkpoint)
+    rollout = RolloutModel(str(checkpoint), SETTINGS, schedule, torch.bfloat16)
+    name = "model.layers.0.input_layernorm.weight"
+    norm = dict(rollout.model.named_parameters())[name]
+    rollout.load(state, 0)
+    assert torch.equal(norm, state[name])  # stage 0: no noise
+    rollout.load(state, 1)
+    noisy = norm.clone()
+    assert not torch.equal(noisy, state[name])
+    assert torch.equal(noisy, schedule.noisy(name, state[name], 1))
+    assert rollout.set_noise(False) == 0 and torch.equal(norm, state[name])
+    assert rollout.set_noise(True) == schedule.sigma(1) and torch.equal(norm, noisy)
+    rollout.load(state, 1)
+    assert torch.equal(norm, noisy)
+    rollout.load(state, 2)
+    assert torch.equal(norm, schedule.noisy(name, state[name], 2))
+
+
+def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
+    state, _ = weights_of(checkpoint)
+    runs = []
+    for _ in range(2):
+        rollout = RolloutModel(str(checkpoint), SETTINGS, None, torch.bfloat16, seed=3)
+        steps = []
+        for step in (0, 1):
+            rollout.load(state, step)
+            steps.append([tokens for tokens, _ in rollout.sample([[5, 6, 7]] * 4, [8] * 4, Sampling())])
+        runs.append(steps)
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
+    assert len(set(map(tuple, runs[0][0]))) > 1
+
+
+def test_weights_that_do_not_fit_are_refused(checkpoint):
+    state, actor = weights_of(checkpoint)
+    rollout = RolloutModel(str(checkpoint), SETTINGS, None, torch.bfloat16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(ValueError, match=r"missing \['model.layers.0.mlp.down_proj.weight'\]"):
+        rollout.load({k: v for k, v in state.items() if k != name}, 0)
+    with pytest.raises(ValueError, match=r"unknown \['extra'\]"):
+        rollout.load(state | {"extra": torch.zeros(1)}, 0)
+    with pytest.raises(ValueError, match=r"quantised on one side \['model.layers.0.mlp.down_proj.weight'\]"):
+        rollout.load(state | {name: actor.model.layers[0].mlp.down_proj.weight.detach()}, 0)
