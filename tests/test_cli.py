@@ -75,6 +75,11 @@ def write_parquet(path, rows=16, columns=("prompt", "data_source", "reward_model
 
 
 MISTAKES = {
+    "unsupported rollout": (["actor_rollout_ref.rollout.name=vllm"], ["rollout.name=vllm", "mxfp4_hf", "enable=false"]),
+    "LoRA": (["actor_rollout_ref.model.lora_rank=8"], ["lora_rank=8", "enable=false"]),
+    "FSDP1 on a CPU": (["actor_rollout_ref.actor.strategy=fsdp"], ["strategy=fsdp", "use fsdp2"]),
+    "other bits": (["actor_rollout_ref.rollout.dtype=float32"], ["rollout.dtype=float32", "use bfloat16"]),
+    "other trainer": (["trainer.v1.trainer_mode=sync"], ["trainer_mode=sync", "mxfp4_sync"]),
     # overrides -> what the message must contain: the value, and the fix
     "unknown key": (["trainer.total_step=3"], ["trainer.total_step", "trainer.total_epochs"]),
     "unknown deep key": (["actor_rollout_ref.actor.optim.lrr=1"], ["did you mean actor_rollout_ref.actor.optim.lr?"]),

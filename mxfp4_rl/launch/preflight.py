@@ -67,6 +67,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
     joins_cluster = _joins_cluster(config)
     try:
         _check_resume(config)
+        check_supported(config, settings)
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
@@ -125,6 +126,39 @@ def _resumes(config: DictConfig) -> Callable[[Path], bool]:
         return mode == "auto" and (Path(there.trainer.default_local_dir) / TRACKER_FILE).is_file()
 
     return resumes
+
+
+def check_supported(config: DictConfig, settings: Settings) -> None:
+    """What verl offers and MXFP4 does not reach yet: refused, so that nothing runs unquantised behind one's back.
+
+    Raises:
+        LaunchError: such a setting together with `mxfp4.enable`, or one that no CPU run can have.
+    """
+    model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
+    if config.trainer.device == "cpu" and actor.strategy != "fsdp2":
+        raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
+    if not settings.enable:
+        return
+    off = "or set mxfp4.enable=false"
+    if rollout.name != "mxfp4_hf":
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.name={rollout.name} has no MXFP4 weights and activations yet: use mxfp4_hf, {off}"
+        )
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} has no MXFP4 layers yet: use fsdp2, {off}")
+    rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
+    if rank > 0 or model.get("lora_adapter_path"):
+        raise LaunchError(f"LoRA (actor_rollout_ref.model.lora_rank={rank}) is not supported in MXFP4 yet: train in full, {off}")
+    if config.trainer.v1.trainer_mode != "mxfp4_sync":
+        raise LaunchError(
+            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} measures nothing and adds no noise: use mxfp4_sync, {off}"
+        )
+    compute = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")
+    if rollout.dtype != "bfloat16" and compute in ("bf16", "bfloat16"):
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype "
+            "(actor.fsdp_config.mixed_precision.param_dtype=bf16): trainer and rollout would quantise other bits; use bfloat16"
+        )
 
 
 def check_batches(config: DictConfig) -> list[str]:

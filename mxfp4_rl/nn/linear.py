@@ -171,7 +171,7 @@ class PackedLinear(MXFP4Linear):
 
 
 class LayerStats:
-    """Error statistics of one layer's activation and gradient while the monitor is on; `max_rows` tokens of each call."""
+    """Error statistics of one layer's activation and gradient: `max_rows` tokens of the first micro-batch that passes."""
 
     def __init__(self, max_rows: int | None):
         self.max_rows = max_rows
@@ -179,11 +179,9 @@ class LayerStats:
 
     @torch.no_grad()
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:
-        """Add the error of quantising t (..., features) along its last axis; nothing if `recipe` is None."""
-        if recipe is None:
-            return
-        rows = spaced_rows(t.flatten(0, -2), self.max_rows)
-        self.sums[operand] = self.sums.get(operand, ErrorStats()) + error_stats(rows, recipe)
+        """Measure the error of quantising t (..., features) along its last axis, the first time; not if `recipe` is None."""
+        if recipe is not None and operand not in self.sums:
+            self.sums[operand] = error_stats(spaced_rows(t.flatten(0, -2), self.max_rows), recipe)
 
 
 def spaced_rows(t: torch.Tensor, max_rows: int | None) -> torch.Tensor:

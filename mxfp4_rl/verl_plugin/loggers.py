@@ -26,6 +26,7 @@ def prepare_backends(run_dir: Path, backends: list[str]) -> None:
         import wandb
 
         if not wandb.login(prompt=False):
+            wandb.teardown()  # the check has read the environment, and later changes would go unseen
             os.environ["WANDB_MODE"] = "offline"
 
 

@@ -37,16 +37,16 @@ class MXFP4TrainerSync(PPOTrainerSync):
         super().__init__(config)
         # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
         self.replay_buffer.poll_interval = 0.05
-        self.noise = self.settings.aqn.schedule(self._total_steps()) if self.settings.enable else None
+        self.noise = self._noise_schedule()
         print(f"[mxfp4] trainer: run directory {self.run_dir}", flush=True)
 
-    def _total_steps(self) -> int:
-        steps = self.config.trainer.total_training_steps
-        if steps is None and self.settings.aqn.enable:
-            raise ValueError(
-                "trainer.total_training_steps is null: the noise schedule (mxfp4.aqn) needs the run's length"
-            )
-        return steps or 1
+    def _noise_schedule(self):
+        aqn, steps = self.settings.aqn, self.config.trainer.total_training_steps
+        if not (self.settings.enable and aqn.enable):
+            return None
+        if steps is None:
+            raise ValueError("trainer.total_training_steps is null: the noise schedule (mxfp4.aqn) needs the run's length")
+        return aqn.schedule(steps)
 
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()

@@ -1,0 +1,119 @@
+"""The real thing, small: verl's GRPO loop with Ray, FSDP2, rollout server, weight sync and reward loop, two steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mxfp4_rl.monitor.run_log import RunLog
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
+
+SMALL = [
+    "data.train_batch_size=4",
+    "data.val_batch_size=8",
+    "data.max_prompt_length=128",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+    "mxfp4.task.val_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def command(model, run_dir, *overrides):
+    fixed = [f"actor_rollout_ref.model.path={model}", f"mxfp4.run_dir={run_dir}", *SMALL, *overrides]
+    return [sys.executable, "-m", "mxfp4_rl.cli", "train", *fixed]
+
+
+def environment(tmp_path):
+    drop = ("RAY_ADDRESS", "WANDB_MODE", "WANDB_API_KEY", "TENSORBOARD_DIR", "WANDB_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in drop}
+    return kept | {"MXFP4_RL_CACHE": str(tmp_path / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def ray_processes():
+    names = ("raylet", "gcs_server")
+    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] in names or (p.info["name"] or "")[:5] == "ray::"}
+
+
+def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
+    run_dir, before = tmp_path / "run", ray_processes()
+    result = subprocess.run(
+        command(
+            model,
+            run_dir,
+            "trainer.total_training_steps=2",
+            "trainer.test_freq=2",
+            "trainer.save_freq=2",
+            "mxfp4.aqn.stages=2",
+            "mxfp4.recipe.overrides={'re:down_proj':{macro_size:64}}",
+        ),
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    log = (run_dir / "verl.log").read_text() if (run_dir / "verl.log").exists() else ""
+    assert result.returncode == 0, result.stdout + result.stderr + log[-6000:]
+    assert not ray_processes() - before
+    assert "14 Linear layers in MXFP4" in log and "kernels: PyTorch reference" in log
+
+    run = RunLog.load(run_dir)
+    for name in ("scale_bias", "deadzone", "grid_noise", "fallback", "rel_mse", "deadzone_fraction"):
+        steps, values = run.series(f"mxfp4/{name}")
+        assert list(steps) == [1, 2] and all(0 < v < 1 for v in values), name
+        _, activation = run.series(f"mxfp4/activation/{name}")
+        assert all(0 < v < 1 for v in activation), name
+    assert len([n for n in run.names() if n.startswith("mxfp4_layers/")]) == 14 * 5
+    assert list(run.series("mxfp4/aqn_sigma")[1]) == [0.0, 0.01]
+    assert all(v > 0 for v in run.series("mxfp4_sync/bytes")[1])
+    # Same operands on both sides: what is left is the floor that 4-bit activations have between two summation orders.
+    assert all(abs(v) < 0.05 for v in run.series("rollout_corr/k3_kl")[1])
+    assert run.series("rollout_corr/rollout_is_mean")[0] is not None  # truncated importance sampling is on
+    assert all(math.isfinite(v) for v in run.series("actor/grad_norm")[1])
+    validation = [n for n in run.names() if n.startswith("val-core/")]
+    assert validation and list(run.series(validation[0])[0]) == [0, 2]
+
+    assert (run_dir / "report" / "report.html").stat().st_size > 50_000
+    assert list((run_dir / "tensorboard").rglob("events.*")) and list((run_dir / "wandb").glob("offline-run-*"))
+    recipe = json.loads((run_dir / "checkpoints" / "global_step_2" / "mxfp4_recipe.json").read_text())
+    assert recipe["weight"]["fallback_alpha"] == 0.5 and recipe["overrides"]["re:down_proj"]["macro_size"] == 64
+
+
+def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_path):
+    run_dir, before = tmp_path / "run", ray_processes()
+    process = subprocess.Popen(
+        command(model, run_dir, "mxfp4.enable=false", "trainer.total_training_steps=500", "trainer.val_before_train=false"),
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    took = time.monotonic() - began
+    assert process.returncode == 130, output
+    assert took < 10, f"Ctrl-C took {took:.1f} s"
+    assert not ray_processes() - before
+    assert (run_dir / "report" / "report.html").exists()
+    run = RunLog.load(run_dir)
+    assert not [n for n in run.names() if n.startswith("mxfp4")]
+    assert all(abs(v) < 0.01 for v in run.series("rollout_corr/k3_kl")[1])
