@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything that can be checked and stop")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides")
 
-    report = commands.add_parser(
-        "report", help="plots of a run", description="Write a run's report, also while it runs."
-    )
+    report = commands.add_parser("report", help="plots of a run", description="Write a run's report, also while it runs.")
     report.add_argument("run_dir", help="the run's directory")
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
     return parser

@@ -126,9 +126,7 @@ class ModelRecipe:
         if self.grad is None and "mx" in (self.dgrad, self.wgrad):
             raise RecipeError("dgrad/wgrad='mx' quantises both operands: give a `grad` recipe too, or use 'ste'")
         if self.weight is None and self.activation is None and self.grad is None:
-            raise RecipeError(
-                "nothing is quantised: weight, activation and grad are all null; use enable=false instead"
-            )
+            raise RecipeError("nothing is quantised: weight, activation and grad are all null; use enable=false instead")
         if isinstance(self.exclude, str):
             raise RecipeError(f"exclude={self.exclude!r} must be a list of patterns, e.g. [{self.exclude!r}]")
         object.__setattr__(self, "exclude", tuple(self.exclude))

@@ -370,9 +370,7 @@ def test_innermost_exception_of_a_ray_log():
     (raylet) some noise after the end
     (WorkerDict pid=77) KeyError: 'a complaint of a dying worker'
     """
-    assert (
-        find_failure(textwrap.dedent(log).splitlines()) == "ValueError: the weights do not fit:\nexpected 576, got 575"
-    )
+    assert find_failure(textwrap.dedent(log).splitlines()) == "ValueError: the weights do not fit:\nexpected 576, got 575"
     died = ["(A pid=1) torch.OutOfMemoryError: CUDA", "ray.exceptions.ActorDiedError: The actor died unexpectedly"]
     assert find_failure(died) == "torch.OutOfMemoryError: CUDA"
     assert find_failure(died[1:]) == died[1]
@@ -386,10 +384,7 @@ def test_progress_texts():
     assert "scale/deadzone/grid 1.10/2.00/30.50 e-3" in step_text(data)
     assert validation_text({"val-core/sums/reward/mean@1": 0.1, "val-core/sums/acc/mean@1": 0.5}) == "sums acc 0.500"
     assert validation_text(data) is None
-    assert (
-        phase_of("\x1b[36m(TaskRunnerV1 pid=9)\x1b[0m [mxfp4] trainer: first weight sync")
-        == "trainer: first weight sync"
-    )
+    assert phase_of("\x1b[36m(TaskRunnerV1 pid=9)\x1b[0m [mxfp4] trainer: first weight sync") == "trainer: first weight sync"
     assert phase_of("(TaskRunnerV1 pid=9) something else") is None
 
 
@@ -505,9 +500,7 @@ def _command(process):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_ends_in_time_leaves_nothing_and_reports(number, code, tmp_path, model_dir):
     process = start_cli(tmp_path, model_dir, "wait")
-    wait_for(
-        lambda: "waiting" in (tmp_path / "run/verl.log").read_text() if (tmp_path / "run/verl.log").exists() else False
-    )
+    wait_for(lambda: "waiting" in (tmp_path / "run/verl.log").read_text() if (tmp_path / "run/verl.log").exists() else False)
     assert is_running(worker_pid(tmp_path))
     began = time.monotonic()
     process.send_signal(number)

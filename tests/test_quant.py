@@ -88,9 +88,7 @@ def test_packing_round_trips_for_all_bytes():
     assert torch.equal(encode_e2m1(decode_packed(packed)), codes)
 
 
-@pytest.mark.parametrize(
-    "byte, value", [(0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127), (255, float("nan"))]
-)
+@pytest.mark.parametrize("byte, value", [(0, 2.0**-127), (1, 2.0**-126), (127, 1.0), (254, 2.0**127), (255, float("nan"))])
 def test_scale_bytes_decode_exactly(byte, value):
     got = exp2_byte(torch.tensor([byte], dtype=torch.uint8)).item()
     assert got == value or (value != value and got != got)

@@ -8,7 +8,7 @@ from mxfp4_rl.noise import AQNSchedule
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
-from mxfp4_rl.verl_plugin.generation import Sampling, generate
+from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.verl_plugin.rollout import RolloutModel
 from tests.test_nn import llama
 
@@ -43,7 +43,7 @@ def test_greedy_equals_argmax_of_full_forwards(model):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(1.3, top_p=0.8)])
 def test_log_probs_are_those_of_the_sampled_distribution(model, sampling):
-    (tokens, log_probs), = generate(model, [[1, 2, 3]], [8], [5], sampling, {63}, 0)
+    ((tokens, log_probs),) = generate(model, [[1, 2, 3]], [8], [5], sampling, {63}, 0)
     expected = full_log_probs(model, [1, 2, 3], tokens, sampling.warper())
     assert torch.tensor(log_probs) == pytest.approx(expected, abs=1e-4)
 

@@ -36,13 +36,17 @@ def rate(work, elements: int, passes: int = 5) -> float:
 
 def main():
     x = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
-    print(json.dumps({
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }))
+    print(
+        json.dumps(
+            {
+                "date": time.strftime("%Y-%m-%d"),
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            }
+        )
+    )
     print(f"{'recipe':26} {'operand':>9} {'codes':>9}   million elements a second")
     print(f"{'copy to float32 and back':26} {rate(lambda: x.float().bfloat16(), x.numel()):9.0f}")
     for name, recipe in RECIPES.items():

@@ -124,9 +124,7 @@ def nearest_keys(key: str, config: DictConfig) -> list[str]:
     keys = [known for known in _dotted_keys(config) if not key.startswith(f"{known}.")]
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == parts[-1]]  # right name, wrong place
     if same_name:  # most people mean the policy
-        return sorted(same_name, key=lambda k: (not k.endswith(key), not k.startswith("actor_rollout_ref.actor"), k))[
-            :3
-        ]
+        return sorted(same_name, key=lambda k: (not k.endswith(key), not k.startswith("actor_rollout_ref.actor"), k))[:3]
     return difflib.get_close_matches(key, keys, n=3)
 
 
@@ -162,9 +160,7 @@ def _reword(error: Exception, name: str, overrides: Sequence[str], config_dir) -
         adding = f" To add a new key on purpose, write +{key}=..." if "override" in text.split("'")[0] else ""
         return f"unknown key {key} in configuration {name!r}; {hint}{adding}"
     if isinstance(error, MissingConfigException):
-        choice = re.search(
-            r"Could not find '([^']+)'.*?Available options in '[^']*':\n(.*?)Config search", text, re.DOTALL
-        )
+        choice = re.search(r"Could not find '([^']+)'.*?Available options in '[^']*':\n(.*?)Config search", text, re.DOTALL)
         if choice:
             return f"{choice.group(1)!r} does not exist; available: {', '.join(choice.group(2).split())}"
         if error.missing_cfg_file in (name, f"{name}.yaml"):

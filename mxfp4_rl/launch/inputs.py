@@ -32,9 +32,7 @@ def prepare_model(config: DictConfig, say: Callable[[str], None]) -> None:
 
     given = config.actor_rollout_ref.model.path
     if not isinstance(given, str) or not given:
-        raise LaunchError(
-            f"{MODEL_KEY}={given!r}: give a folder, a hub id such as Qwen/Qwen2.5-3B, or {EMBEDDED_MODEL_NAME}"
-        )
+        raise LaunchError(f"{MODEL_KEY}={given!r}: give a folder, a hub id such as Qwen/Qwen2.5-3B, or {EMBEDDED_MODEL_NAME}")
     if given == EMBEDDED_MODEL_NAME:
         say(f"model {given}: from the cache, or converted once (about 25 s)")
         try:
@@ -53,11 +51,7 @@ def prepare_model(config: DictConfig, say: Callable[[str], None]) -> None:
         _check_hub_model(given, _trust_remote_code(config))
     else:
         near = difflib.get_close_matches(given.lower(), [EMBEDDED_MODEL_NAME], n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"give a folder, a hub id (organisation/name), or {EMBEDDED_MODEL_NAME}"
-        )
+        hint = f"did you mean {near[0]}?" if near else f"give a folder, a hub id (organisation/name), or {EMBEDDED_MODEL_NAME}"
         raise LaunchError(f"{MODEL_KEY}={given} does not exist; {hint}")
 
 
@@ -105,9 +99,7 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise LaunchError(
-            f"{MODEL_KEY}={path} is not a causal language model that can be built: {reason[0]}"
-        ) from error
+        raise LaunchError(f"{MODEL_KEY}={path} is not a causal language model that can be built: {reason[0]}") from error
     try:
         return plan(model, settings.recipe).describe().splitlines()[0]
     except RecipeError as error:
@@ -128,9 +120,7 @@ def prepare_data(config: DictConfig, settings: Settings) -> int | None:
     for key in ("train_files", "val_files"):
         paths = _paths(config.data[key])
         if not paths:
-            raise LaunchError(
-                f"data.{key} is empty: give Parquet files, or a built-in task with mxfp4.task.name=arithmetic"
-            )
+            raise LaunchError(f"data.{key} is empty: give Parquet files, or a built-in task with mxfp4.task.name=arithmetic")
         for path in paths:
             count = _check_file(key, path)
             if key == "train_files":

@@ -110,9 +110,7 @@ def _check_resume(config: DictConfig) -> None:
     if mode not in ("auto", "disable", "resume_path"):
         raise LaunchError(f"trainer.resume_mode={mode} is not one of auto, disable, resume_path")
     if mode == "resume_path" and (not source or "global_step_" not in str(source) or not Path(source).is_dir()):
-        raise LaunchError(
-            f"trainer.resume_from_path={source} is not a checkpoint: give an existing .../global_step_N folder"
-        )
+        raise LaunchError(f"trainer.resume_from_path={source} is not a checkpoint: give an existing .../global_step_N folder")
 
 
 def _resumes(config: DictConfig) -> Callable[[Path], bool]:
@@ -148,7 +146,9 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} has no MXFP4 layers yet: use fsdp2, {off}")
     rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
     if rank > 0 or model.get("lora_adapter_path"):
-        raise LaunchError(f"LoRA (actor_rollout_ref.model.lora_rank={rank}) is not supported in MXFP4 yet: train in full, {off}")
+        raise LaunchError(
+            f"LoRA (actor_rollout_ref.model.lora_rank={rank}) is not supported in MXFP4 yet: train in full, {off}"
+        )
     if config.trainer.v1.trainer_mode != "mxfp4_sync":
         raise LaunchError(
             f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} measures nothing and adds no noise: use mxfp4_sync, {off}"
@@ -199,13 +199,10 @@ def check_batches(config: DictConfig) -> list[str]:
         return warnings
     if train < mini:
         raise LaunchError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} exceeds data.train_batch_size={train}: "
-            f"use {train} or less"
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} exceeds data.train_batch_size={train}: use {train} or less"
         )
     if train * samples % workers:
-        raise LaunchError(
-            f"data.train_batch_size={train} times rollout.n={samples} is not divisible by the {workers} workers"
-        )
+        raise LaunchError(f"data.train_batch_size={train} times rollout.n={samples} is not divisible by the {workers} workers")
     step = -(-train // mini) * mini * samples // parallel
     _check_micro_batch("actor_rollout_ref.actor.ppo_micro_batch_size", actor, mini * samples // parallel, "mini-batch")
     _check_micro_batch("actor_rollout_ref.rollout.log_prob_micro_batch_size", rollout, step, "batch")
@@ -221,9 +218,7 @@ def _check_micro_batch(key: str, block: DictConfig, samples: int, whole: str) ->
     size = block.get(f"{name}_per_gpu")
     fit = max((n for n in range(1, min(samples, size or 32) + 1) if samples % n == 0), default=1)
     if size is None:
-        raise LaunchError(
-            f"{key}_per_gpu is null: set it to a divisor of the {samples} samples a worker gets, e.g. {fit}"
-        )
+        raise LaunchError(f"{key}_per_gpu is null: set it to a divisor of the {samples} samples a worker gets, e.g. {fit}")
     if not isinstance(size, int) or size < 1 or samples % size:
         raise LaunchError(
             f"{key}_per_gpu={size} does not divide the {samples} samples of a worker's {whole} "
@@ -280,9 +275,7 @@ def fix_total_steps(config: DictConfig, settings: Settings, rows: int | None) ->
     """
     batch = config.data.train_batch_size
     if rows is not None and rows < batch:
-        raise LaunchError(
-            f"data.train_batch_size={batch} exceeds the {rows} rows of the training data: use {rows} or less"
-        )
+        raise LaunchError(f"data.train_batch_size={batch} exceeds the {rows} rows of the training data: use {rows} or less")
     given = config.trainer.total_training_steps
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:

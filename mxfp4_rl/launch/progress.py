@@ -145,9 +145,7 @@ class Display:
         if not math.isfinite(left):
             return ""
         minutes, seconds = divmod(round(max(0.0, left)), 60)
-        return (
-            f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"ETA {minutes}:{seconds:02d}"
-        )
+        return f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"ETA {minutes}:{seconds:02d}"
 
     def _show_phase(self, text: str) -> None:
         self.line(text)

@@ -78,9 +78,7 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
     unmatched = [p for p, count in report.by_pattern.items() if not count]
     if unmatched:
         some = ", ".join([*report.converted][:3]) or "none"
-        raise RecipeError(
-            f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}"
-        )
+        raise RecipeError(f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}")
     if not report.converted:
         why = "; ".join(f"{n}: {r}" for n, r in [*report.skipped.items()][:4]) or "it has no nn.Linear"
         raise RecipeError(f"{type(model).__name__} has nothing to quantise ({why}); change the recipe or the model")

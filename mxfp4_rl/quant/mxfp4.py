@@ -101,9 +101,7 @@ class MXFP4Tensor:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-def quantize(
-    x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, backend: str | None = None
-) -> MXFP4Tensor:
+def quantize(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, backend: str | None = None) -> MXFP4Tensor:
     """Quantise `x` along `axis`.
 
     Args:

@@ -302,9 +302,7 @@ def _validated(seed, ops, ranges, train_size, val_size, template) -> dict:
                 f"ranges[{op!r}]={bounds!r}: give two integers, 0 <= low <= high <= 9999, e.g. {DEFAULT_RANGES[op]}."
             )
         if (bounds[1] - bounds[0] + 1) ** 2 > 1_000_000:
-            raise ValueError(
-                f"ranges[{op!r}]={bounds!r} spans more than 1000 numbers, over a million problems: narrow it."
-            )
+            raise ValueError(f"ranges[{op!r}]={bounds!r} spans more than 1000 numbers, over a million problems: narrow it.")
         checked[op] = tuple(bounds)
     for name, value in (("train_size", train_size), ("val_size", val_size)):
         if not (_is_int(value) and value >= 1) and not (name == "train_size" and value is None):

@@ -42,7 +42,7 @@ class JSONLinesLog:
     """Appends a line a record and flushes it, so that an interrupted run loses nothing it logged."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
 
     def log(self, data: dict[str, Any], step: int) -> None:
         """Write the numbers of `data`; what is not a number (text, tables) is left to the other loggers."""

@@ -25,7 +25,7 @@ from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.quant import MXFP4Tensor
 from mxfp4_rl.settings import Settings
-from mxfp4_rl.verl_plugin.generation import Sampling, generate
+from mxfp4_rl.generation import Sampling, generate
 
 _ACTOR_PREFIX = "mxfp4_hf_server"
 _QUIET = 0.05  # seconds without a new request after which a batch starts
@@ -58,7 +58,9 @@ class RolloutModel:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         config = AutoConfig.from_pretrained(path, attn_implementation=attention)
-        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        # Its parameters keep requires_grad: torch multiplies the last hidden states, a strided slice, by a frozen lm_head as
+        # a batch of products with that many copies of it (3.6 GB for 64 rows and a vocabulary of 49k).
+        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.report = convert_for_rollout(self.model, settings.recipe) if settings.enable else None
         self.model.to(device)
         self.dtype, self.seed, self.schedule = dtype, seed, schedule
@@ -81,9 +83,7 @@ class RolloutModel:
         Raises:
             ValueError: a weight is missing, unknown, or packed where the model has a plain one (or the reverse).
         """
-        packed = {
-            f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear
-        }
+        packed = {f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear}
         plain = dict(self.model.named_parameters(remove_duplicate=False))
         plain |= {n: b for n, b in self.model.named_buffers() if n in weights}
         tied = {n for n, p in plain.items() if any(p is q and n != m and m in weights for m, q in plain.items())}
@@ -119,9 +119,7 @@ class RolloutModel:
             parameters[name].copy_(self.schedule.noisy(name, clean, step) if on else clean)
         return self.schedule.sigma(step) if on and self.schedule else 0.0
 
-    def sample(
-        self, prompts: list[list[int]], limits: list[int], sampling: Sampling
-    ) -> list[tuple[list[int], list[float]]]:
+    def sample(self, prompts: list[list[int]], limits: list[int], sampling: Sampling) -> list[tuple[list[int], list[float]]]:
         """Responses and their log-probs. The k-th sample of a prompt in a step has a seed of its own, so a run repeats."""
         seeds = []
         for prompt in prompts:
@@ -180,9 +178,7 @@ class MXFP4Server:
             raise ValueError("rollout.name=mxfp4_hf samples from text only; use another rollout for images and video")
         if sampling_params.get("repetition_penalty", 1.0) not in (None, 1.0):
             raise ValueError("rollout.name=mxfp4_hf has no repetition_penalty; set it to 1.0")
-        limit = (
-            sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.config.response_length
-        )
+        limit = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.config.response_length
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         sampling = Sampling(
             temperature=float(sampling_params.get("temperature", 1.0)),
@@ -274,9 +270,7 @@ class MXFP4Replica(RolloutReplica):
 
     async def launch_servers(self):
         if self.world_size != 1:
-            raise ValueError(
-                "rollout.name=mxfp4_hf runs a replica in one process: set rollout.tensor_model_parallel_size=1"
-            )
+            raise ValueError("rollout.name=mxfp4_hf runs a replica in one process: set rollout.tensor_model_parallel_size=1")
         options = {
             "name": f"{_ACTOR_PREFIX}_{self.replica_rank}{self.name_suffix}",
             "max_concurrency": self.max_concurrency,
@@ -307,13 +301,9 @@ class MXFP4RolloutAdapter(BaseRollout):
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
         self._server = None
 
-    async def update_weights(
-        self, weights, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs
-    ):
+    async def update_weights(self, weights, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs):
         if wire_format != "named_tensors":
-            raise ValueError(
-                f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync"
-            )
+            raise ValueError(f"rollout.name=mxfp4_hf takes named tensors, not {wire_format!r}; use the naive weight sync")
         # The generator gathers across ranks, so every rank drains it; its tensors are the live parameters.
         dtype, tied = getattr(torch, self.config.dtype), self.model_config.hf_config.tie_word_embeddings
         shipped = {}

@@ -1,0 +1,63 @@
+"""On a GPU the reference gives the CPU's bits, and a converted model trains and samples there."""
+
+import copy
+
+import pytest
+import torch
+
+from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
+from mxfp4_rl.nn import convert_for_rollout, converted_layers
+from mxfp4_rl.quant import error_stats, fake_quantize
+from mxfp4_rl.recipe import SCALE_RULES
+from mxfp4_rl.generation import Sampling, generate
+from tests.test_nn import FULL, llama
+from tests.test_quant import RECIPES, awkward, ids, same_bits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ALL = [r for r in RECIPES if r.macro_block != "dynamic"] + [QuantRecipe(scale_rule=rule) for rule in SCALE_RULES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ALL, ids=[r.describe() for r in ALL])
+def test_codes_scales_and_operands_are_the_cpus_bit_for_bit(recipe, dtype):
+    x = awkward(rows=64, length=416).clamp(-1e38, 1e38).to(dtype)
+    here, there = quantize(x, recipe), quantize(x.cuda(), recipe)
+    for name, tensor in here.tensors().items():
+        assert torch.equal(tensor, there.tensors()[name].cpu()), name
+    assert same_bits(here.dequantize(), there.dequantize().cpu())
+    assert same_bits(fake_quantize(x, recipe), fake_quantize(x.cuda(), recipe).cpu())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=ids)
+def test_error_statistics_agree(recipe):
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    here, there = error_stats(x, recipe).metrics(), error_stats(x.cuda(), recipe).metrics()
+    assert there == pytest.approx(here, rel=1e-5)
+
+
+def test_a_converted_model_trains_and_its_rollout_agrees():
+    recipe = ModelRecipe(weight=FULL, activation=FULL)
+    actor = llama().cuda()
+    rollout = copy.deepcopy(actor).bfloat16()
+    convert(actor, recipe)
+    convert_for_rollout(rollout, recipe)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-2)
+    tokens = torch.randint(0, 64, (4, 16), device="cuda")
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = actor(tokens).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    layers = converted_layers(rollout)
+    for name, layer in converted_layers(actor).items():
+        packed = quantize(layer.weight.bfloat16(), layer.recipe.weight).to("cpu").to("cuda")
+        layers[name].hold(packed, torch.bfloat16)
+        assert same_bits(layers[name].weight_operand(torch.bfloat16), layer.weight_operand(torch.bfloat16))
+    out = generate(rollout.eval(), [[1, 2, 3]] * 4, [8] * 4, [0, 1, 2, 3], Sampling(), {63}, 0)
+    assert all(1 <= len(tokens) <= 8 for tokens, _ in out)
