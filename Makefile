@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
+# Two processes whose OpenMP threads spin on few cores slow each other down many times; sleeping threads share them.
+export OMP_WAIT_POLICY := PASSIVE
+
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
+from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.quant import error_stats, fake_quantize
 from mxfp4_rl.recipe import SCALE_RULES
-from mxfp4_rl.generation import Sampling, generate
 from tests.test_nn import FULL, llama
 from tests.test_quant import RECIPES, awkward, ids, same_bits
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import convert, converted_layers
 from mxfp4_rl.noise import AQNSchedule
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
-from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.verl_plugin.rollout import RolloutModel
 from tests.test_nn import llama
 

@@ -151,7 +151,7 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         )
     if config.trainer.v1.trainer_mode != "mxfp4_sync":
         raise LaunchError(
-            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} measures nothing and adds no noise: use mxfp4_sync, {off}"
+            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} neither measures nor adds noise: use mxfp4_sync, {off}"
         )
     compute = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")
     if rollout.dtype != "bfloat16" and compute in ("bf16", "bfloat16"):

@@ -21,11 +21,11 @@ from verl.utils.device import get_device_name
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.quant import MXFP4Tensor
 from mxfp4_rl.settings import Settings
-from mxfp4_rl.generation import Sampling, generate
 
 _ACTOR_PREFIX = "mxfp4_hf_server"
 _QUIET = 0.05  # seconds without a new request after which a batch starts
