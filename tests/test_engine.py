@@ -18,7 +18,8 @@ RECIPE = {
 
 def _build_engine(path, enable=True):
     import verl  # noqa: F401  (loads the plugin, and with it the CPU platform)
-    from verl.workers.config import CheckpointConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.base import EngineRegistry
 
     import mxfp4_rl.verl_plugin.register  # noqa: F401
