@@ -5,6 +5,7 @@ group) share one prefill, and a sample depends only on its own key, not on who e
 Gumbel-max trick: argmax(log p + g) is a draw from p, with g from a generator seeded by the request's key.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,8 @@ def generate(
             uniform = torch.stack([torch.rand(logp.shape[-1], generator=noise[i]) for i in active]).to(device)
             choice = (logp - (-uniform.log()).log()).argmax(-1)
         chosen = logp.gather(-1, choice.unsqueeze(-1)).squeeze(-1).tolist()
+        if not all(map(math.isfinite, chosen)):
+            raise FloatingPointError("the rollout's logits are not finite: weights or activations hold NaN or Inf")
         going = []
         for position, (i, token) in enumerate(zip(active, choice.tolist(), strict=True)):
             tokens[i].append(token)

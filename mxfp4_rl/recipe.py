@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +101,9 @@ class ModelRecipe:
         dgrad, wgrad: the other operand of each backward product. "ste": the forward's dequantised operand (what
             quantise-dequantise emulation with a straight-through estimator computes); "bf16": the unquantised operand;
             "mx": both operands quantised again along that product's own contraction axis (needs `grad`).
-        overrides: pattern -> QuantRecipe (or mapping) for the layers it matches; a plain string matches a whole dotted
-            name or its last parts, "re:..." is a regular expression searched in the dotted name.
+        overrides: pattern -> QuantRecipe keys to change, for every quantised operand of the layers it matches; where several
+            match, the later one wins key by key. A plain string matches a whole dotted name or its last parts, "re:..." is a
+            regular expression searched in the dotted name.
         exclude: patterns of further layers left alone. lm_head, embeddings, routers and norms always are.
 
     Raises:
@@ -129,13 +131,22 @@ class ModelRecipe:
             raise RecipeError("nothing is quantised: weight, activation and grad are all null; use enable=false instead")
         if isinstance(self.exclude, str):
             raise RecipeError(f"exclude={self.exclude!r} must be a list of patterns, e.g. [{self.exclude!r}]")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        base = self.weight or self.activation or self.grad
-        overrides = {
-            pattern: _build(QuantRecipe, {**dataclasses.asdict(base), **plain(over)}, f"recipe.overrides[{pattern!r}]")
-            for pattern, over in self.overrides.items()
-        }
+        object.__setattr__(self, "exclude", tuple(_pattern(p, "recipe.exclude") for p in self.exclude))
+        overrides = {}
+        for pattern, over in self.overrides.items():
+            where = f"recipe.overrides[{pattern!r}]"
+            overrides[_pattern(pattern, where)] = _plain_override(over, where)
+            for operand in (self.weight, self.activation, self.grad):
+                if operand is not None:
+                    _build(QuantRecipe, {**dataclasses.asdict(operand), **overrides[pattern]}, where)
         object.__setattr__(self, "overrides", overrides)
+
+    def for_layer(self, patterns: list[str]) -> ModelRecipe:
+        """The recipe of one layer: its matching overrides, in order, on top of each operand's own recipe."""
+        operands = {name: getattr(self, name) for name in ("weight", "activation", "grad")}
+        for pattern in patterns:
+            operands = {n: r and dataclasses.replace(r, **self.overrides[pattern]) for n, r in operands.items()}
+        return dataclasses.replace(self, overrides={}, exclude=(), **operands)
 
     def describe(self) -> str:
         """One line for logs: what each operand gets."""
@@ -193,6 +204,25 @@ def check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
             near = difflib.get_close_matches(str(key), sorted(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise RecipeError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def _pattern(pattern: Any, where: str) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise RecipeError(f"{where}: {pattern!r} is not a layer name, or an expression that begins with 're:'")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
+    return pattern
+
+
+def _plain_override(over: Any, where: str) -> dict[str, Any]:
+    if not isinstance(over, QuantRecipe) and not hasattr(over, "items"):
+        raise RecipeError(f"{where}={over!r} must be a block of recipe keys")
+    over = plain(over)
+    check_keys(over, {f.name for f in dataclasses.fields(QuantRecipe)}, where)
+    return over
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

@@ -34,7 +34,8 @@ class MonitorSettings:
     layers: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.every, int) or self.every < 0:
+        _is_bool("mxfp4.monitor.layers", self.layers)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 0:
             raise RecipeError(f"mxfp4.monitor.every={self.every!r} must be an integer of at least 0 (0: never)")
         if self.max_rows is not None and (not isinstance(self.max_rows, int) or self.max_rows < 1):
             raise RecipeError(f"mxfp4.monitor.max_rows={self.max_rows!r} must be a positive integer, or null for all")
@@ -49,6 +50,13 @@ class AQNSettings:
     sigma_end: float = 0.001
     stages: int = 10
     seed: int = 0
+
+    def __post_init__(self):
+        _is_bool("mxfp4.aqn.enable", self.enable)
+        for name in ("sigma_start", "sigma_end", "stages", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RecipeError(f"mxfp4.aqn.{name}={value!r} must be a number")
 
     def schedule(self, total_steps: int):
         """The schedule for a run of `total_steps`, or None when switched off. Raises RecipeError on wrong values."""
@@ -86,8 +94,7 @@ class Settings:
         values = plain(block)
         check_keys(values, {f.name for f in dataclasses.fields(cls)}, "mxfp4")
         for name in ("enable", "quantize_reference"):
-            if not isinstance(values.get(name, False), bool):
-                raise RecipeError(f"mxfp4.{name}={values[name]!r} must be true or false")
+            _is_bool(f"mxfp4.{name}", values.get(name, False))
         for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings)):
             given = values.get(name) or {}
             if not isinstance(given, Mapping):
@@ -96,3 +103,8 @@ class Settings:
             values[name] = kind(**given)
         values["recipe"] = ModelRecipe.from_dict(values.get("recipe"), "mxfp4.recipe")
         return cls(**values)
+
+
+def _is_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{name}={value!r} must be true or false")

@@ -75,10 +75,25 @@ def write_parquet(path, rows=16, columns=("prompt", "data_source", "reward_model
 
 
 MISTAKES = {
+    "flash attention on a CPU": (
+        ["actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"],
+        ["attn_implementation=flash_attention_2", "sdpa"],
+    ),
+    "tensor parallel": (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], ["tensor_model_parallel_size=2", "use 1"]),
+    "epochs": (
+        ["trainer.total_training_steps=500", "trainer.total_epochs=1"],
+        ["total_training_steps=500", "trainer.total_epochs="],
+    ),
+    "noise as text": (["mxfp4.aqn.enable=off"], ["mxfp4.aqn.enable='off'", "true or false"]),
+    "sigma as text": (["mxfp4.aqn.sigma_start=abc"], ["mxfp4.aqn.sigma_start='abc'", "number"]),
+    "FP32 compute": (
+        ["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32"],
+        ["param_dtype=fp32", "make them the same"],
+    ),
     "unsupported rollout": (["actor_rollout_ref.rollout.name=vllm"], ["rollout.name=vllm", "mxfp4_hf", "enable=false"]),
     "LoRA": (["actor_rollout_ref.model.lora_rank=8"], ["lora_rank=8", "enable=false"]),
     "FSDP1 on a CPU": (["actor_rollout_ref.actor.strategy=fsdp"], ["strategy=fsdp", "use fsdp2"]),
-    "other bits": (["actor_rollout_ref.rollout.dtype=float32"], ["rollout.dtype=float32", "use bfloat16"]),
+    "other bits": (["actor_rollout_ref.rollout.dtype=float32"], ["rollout.dtype=float32", "make them the same"]),
     "other trainer": (["trainer.v1.trainer_mode=sync"], ["trainer_mode=sync", "mxfp4_sync"]),
     # overrides -> what the message must contain: the value, and the fix
     "unknown key": (["trainer.total_step=3"], ["trainer.total_step", "trainer.total_epochs"]),

@@ -216,6 +216,46 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing(recipe):
     assert not converted_layers(model)
 
 
+def test_fused_experts_are_refused_and_other_linear_classes_reported():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    with torch.device("meta"):
+        size = dict(vocab_size=32, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1)
+        heads = dict(num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, head_dim=16)
+        moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **heads))
+    with pytest.raises(RecipeError, match="experts in fused tensors"):
+        plan(moe, ModelRecipe())
+
+    class Other(nn.Linear):
+        pass
+
+    report = plan(nn.ModuleDict({"a": nn.Linear(32, 32), "b": Other(32, 32)}), ModelRecipe())
+    assert list(report.converted) == ["a"] and report.skipped == {"b": "of class Other"}
+
+
+def test_overrides_change_only_their_keys_of_each_operand():
+    recipe = ModelRecipe.from_dict(
+        {
+            "fallback_alpha": 0.5,
+            "weight": {"fallback_alpha": None},
+            "overrides": {"q_proj": {"macro_size": 64}, "re:layers\\.0\\.": {"macro_block": "static"}},
+        }
+    )
+    model = llama()
+    convert(model, recipe)
+    both = converted_layers(model)["model.layers.0.self_attn.q_proj"].recipe
+    assert both.weight == QuantRecipe(macro_size=64, macro_block="static")
+    assert both.activation == QuantRecipe(macro_size=64, macro_block="static", fallback_alpha=0.5)
+    assert converted_layers(model)["model.layers.1.self_attn.k_proj"].recipe.activation == QuantRecipe(fallback_alpha=0.5)
+
+
+def test_a_vector_is_a_batch_of_one():
+    layer = converted(ModelRecipe())
+    x = torch.randn(70, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (70,) and layer.weight.grad.shape == (48, 70)
+
+
 def test_nothing_to_quantise_is_an_error():
     with pytest.raises(RecipeError, match="nothing to quantise"):
         convert(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), ModelRecipe())

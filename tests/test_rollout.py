@@ -1,5 +1,8 @@
 """Sampling and the rollout's weights, without Ray."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from mxfp4_rl.noise import AQNSchedule
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
-from mxfp4_rl.verl_plugin.rollout import RolloutModel
+from mxfp4_rl.verl_plugin.rollout import RolloutModel, stop_token_ids
 from tests.test_nn import llama
 
 SETTINGS = Settings.from_config({"enable": True, "recipe": {"macro_block": "static", "fallback_alpha": 0.5}})
@@ -80,6 +83,14 @@ def checkpoint(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", seed=0)
 
 
+def rollout_model(path, settings, schedule, dtype, **kwargs):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(path, attn_implementation="sdpa"), AutoTokenizer.from_pretrained(path)
+    stop_ids = stop_token_ids(tokenizer, SimpleNamespace(eos_token_id=[tokenizer.eos_token_id]))
+    return RolloutModel(config, stop_ids, tokenizer.pad_token_id, settings, schedule, dtype, **kwargs)
+
+
 def weights_of(path, settings=SETTINGS):
     """What an actor in BF16 would ship, and the actor."""
     from transformers import AutoModelForCausalLM
@@ -97,7 +108,7 @@ def weights_of(path, settings=SETTINGS):
 def test_rollout_model_computes_the_actors_logits(checkpoint, enable):
     settings = SETTINGS if enable else Settings()
     state, actor = weights_of(checkpoint, settings)
-    rollout = RolloutModel(str(checkpoint), settings, None, torch.bfloat16)
+    rollout = rollout_model(checkpoint, settings, None, torch.bfloat16)
     size = rollout.load(state, 0)
     ids = torch.randint(5, 40, (3, 12))
     with torch.no_grad():
@@ -109,7 +120,7 @@ def test_rollout_model_computes_the_actors_logits(checkpoint, enable):
 def test_noise_is_on_in_rollout_off_in_validation_and_never_adds_up(checkpoint):
     schedule = AQNSchedule(total_steps=10)
     state, _ = weights_of(checkpoint)
-    rollout = RolloutModel(str(checkpoint), SETTINGS, schedule, torch.bfloat16)
+    rollout = rollout_model(checkpoint, SETTINGS, schedule, torch.bfloat16)
     name = "model.layers.0.input_layernorm.weight"
     norm = dict(rollout.model.named_parameters())[name]
     rollout.load(state, 0)
@@ -119,6 +130,8 @@ def test_noise_is_on_in_rollout_off_in_validation_and_never_adds_up(checkpoint):
     assert not torch.equal(noisy, state[name])
     assert torch.equal(noisy, schedule.noisy(name, state[name], 1))
     assert rollout.set_noise(False) == 0 and torch.equal(norm, state[name])
+    rollout.load(state, 1)  # a sync in the middle of a validation
+    assert torch.equal(norm, state[name])
     assert rollout.set_noise(True) == schedule.sigma(1) and torch.equal(norm, noisy)
     rollout.load(state, 1)
     assert torch.equal(norm, noisy)
@@ -130,7 +143,7 @@ def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
     state, _ = weights_of(checkpoint)
     runs = []
     for _ in range(2):
-        rollout = RolloutModel(str(checkpoint), SETTINGS, None, torch.bfloat16, seed=3)
+        rollout = rollout_model(checkpoint, SETTINGS, None, torch.bfloat16, seed=3)
         steps = []
         for step in (0, 1):
             rollout.load(state, step)
@@ -142,7 +155,7 @@ def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
 
 def test_weights_that_do_not_fit_are_refused(checkpoint):
     state, actor = weights_of(checkpoint)
-    rollout = RolloutModel(str(checkpoint), SETTINGS, None, torch.bfloat16)
+    rollout = rollout_model(checkpoint, SETTINGS, None, torch.bfloat16)
     name = "model.layers.0.mlp.down_proj.weight"
     with pytest.raises(ValueError, match=r"missing \['model.layers.0.mlp.down_proj.weight'\]"):
         rollout.load({k: v for k, v in state.items() if k != name}, 0)
@@ -150,3 +163,11 @@ def test_weights_that_do_not_fit_are_refused(checkpoint):
         rollout.load(state | {"extra": torch.zeros(1)}, 0)
     with pytest.raises(ValueError, match=r"quantised on one side \['model.layers.0.mlp.down_proj.weight'\]"):
         rollout.load(state | {name: actor.model.layers[0].mlp.down_proj.weight.detach()}, 0)
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(broken, [[1, 2]], [2], [0], Sampling(), {63}, 0)

@@ -38,13 +38,17 @@ def run_verl(config_path: str) -> None:
     """Load a resolved configuration and run verl's trainer with it; blocks until the run ends."""
     from omegaconf import OmegaConf
 
+    config = OmegaConf.load(config_path)
+    if config.trainer.device == "cpu":
+        # Where torch has a CUDA build verl would take the GPU's platform, whatever trainer.device says.
+        os.environ["VERL_PLATFORM"] = "cpu"
+        OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM", "cpu", force_add=True)
     print("[mxfp4] importing verl", flush=True)
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
-    config = OmegaConf.load(config_path)
     OmegaConf.set_struct(config, True)
     auto_set_device(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))

@@ -24,6 +24,7 @@ from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
 MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MIN_FREE_DISK = 2 * 2**30
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
@@ -70,6 +71,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
         check_supported(config, settings)
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
+        warnings += _check_lengths(config, settings)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
         raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
@@ -133,8 +135,20 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         LaunchError: such a setting together with `mxfp4.enable`, or one that no CPU run can have.
     """
     model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
-    if config.trainer.device == "cpu" and actor.strategy != "fsdp2":
-        raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
+    if config.trainer.device == "cpu":
+        if actor.strategy != "fsdp2":
+            raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
+        attention = (model.get("override_config") or {}).get("attn_implementation", "flash_attention_2")
+        if "flash" in attention:
+            raise LaunchError(
+                f"attn_implementation={attention} does not run on a CPU: set "
+                "++actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+            )
+    if rollout.name == "mxfp4_hf" and rollout.tensor_model_parallel_size != 1:
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}: rollout.name=mxfp4_hf "
+            "runs a replica in one process; use 1"
+        )
     if not settings.enable:
         return
     off = "or set mxfp4.enable=false"
@@ -142,7 +156,7 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         raise LaunchError(
             f"actor_rollout_ref.rollout.name={rollout.name} has no MXFP4 weights and activations yet: use mxfp4_hf, {off}"
         )
-    if actor.strategy not in ("fsdp", "fsdp2"):
+    if actor.strategy != "fsdp2":
         raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} has no MXFP4 layers yet: use fsdp2, {off}")
     rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
     if rank > 0 or model.get("lora_adapter_path"):
@@ -153,11 +167,11 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         raise LaunchError(
             f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} neither measures nor adds noise: use mxfp4_sync, {off}"
         )
-    compute = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")
-    if rollout.dtype != "bfloat16" and compute in ("bf16", "bfloat16"):
+    compute = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype") or "bf16"
+    if DTYPE_NAMES.get(str(compute), compute) != rollout.dtype:
         raise LaunchError(
-            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype "
-            "(actor.fsdp_config.mixed_precision.param_dtype=bf16): trainer and rollout would quantise other bits; use bfloat16"
+            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype (actor.fsdp_config."
+            f"mixed_precision.param_dtype={compute}): trainer and rollout would quantise other bits; make them the same"
         )
 
 
@@ -226,6 +240,16 @@ def _check_micro_batch(key: str, block: DictConfig, samples: int, whole: str) ->
         )
 
 
+def _check_lengths(config: DictConfig, settings: Settings) -> list[str]:
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    if settings.task is None and (prompt <= 64 or response <= 16):
+        return [
+            f"data.max_prompt_length={prompt}, data.max_response_length={response} fit the built-in arithmetic: longer prompts "
+            "lose their beginning and longer answers their end; set both for your data"
+        ]
+    return []
+
+
 def check_resources(config: DictConfig, joins_cluster: bool) -> list[str]:
     """The devices the workers want against those that are there; returns warnings. A cluster knows its own devices.
 
@@ -280,6 +304,13 @@ def fix_total_steps(config: DictConfig, settings: Settings, rows: int | None) ->
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise LaunchError(f"trainer.total_training_steps={given} must be a positive integer, or null")
+        epoch = (rows or 0) // batch
+        if epoch and not config.data.get("filter_overlong_prompts") and given > config.trainer.total_epochs * epoch:
+            raise LaunchError(
+                f"trainer.total_training_steps={given} needs more than trainer.total_epochs={config.trainer.total_epochs} "
+                f"epochs of {epoch} steps; verl would stop early, without its last validation: set trainer.total_epochs="
+                f"{-(-given // epoch)}"
+            )
         return given
     # verl drops prompts that are too long only once it runs: how many stay is not known here.
     if rows is not None and not config.data.get("filter_overlong_prompts"):

@@ -101,11 +101,11 @@ def describe_recipe(config: dict) -> str:
         return f"{values} (not a recipe of this version: {error})"
     text = recipe.describe()
     if recipe.overrides:
-        text += "; overrides: " + ", ".join(f"{pattern} {own.describe()}" for pattern, own in recipe.overrides.items())
+        text += "; overrides: " + ", ".join(f"{pattern} {own}" for pattern, own in recipe.overrides.items())
     if recipe.exclude:
         text += "; excluded: " + ", ".join(recipe.exclude)
     aqn = config["mxfp4"].get("aqn")
-    if isinstance(aqn, dict) and aqn.get("enable", True):
+    if isinstance(aqn, dict) and aqn.get("enable", False):
         text += "; AQN: " + ", ".join(f"{key} {value}" for key, value in aqn.items() if key != "enable")
     return text
 

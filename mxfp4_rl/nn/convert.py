@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -54,17 +54,24 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
     """What `convert` would do, without doing it; the model may live on the meta device.
 
     Raises:
-        RecipeError: no layer would be converted, or an override or exclude pattern matches nothing.
+        RecipeError: no layer would be converted, an override or exclude pattern matches nothing, or the model has experts in
+            fused tensors.
     """
     report = ConversionReport(total=sum(p.numel() for p in model.parameters()))
     report.by_pattern = dict.fromkeys((*recipe.overrides, *recipe.exclude), 0)
+    experts = [name for name, p in model.named_parameters() if p.ndim >= 3 and "expert" in name.lower()]
+    if experts:
+        raise RecipeError(
+            f"{type(model).__name__} keeps its experts in fused tensors ({experts[0]}), which MXFP4 does not reach yet: "
+            "they would stay unquantised; use a dense model"
+        )
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in _linears(model):
         excluded = [p for p in recipe.exclude if matches(p, name)]
         overriding = [p for p in recipe.overrides if matches(p, name)]
-        for pattern in excluded + overriding:
-            report.by_pattern[pattern] += 1
-        if module is output or name.rsplit(".", 1)[-1] == "lm_head":
+        if type(module) not in (nn.Linear, MXFP4Linear):
+            report.skipped[name] = f"of class {type(module).__name__}"
+        elif module is output or name.rsplit(".", 1)[-1] == "lm_head":
             report.skipped[name] = "output embedding"
         elif name.rsplit(".", 1)[-1] in ROUTER_NAMES:
             report.skipped[name] = "router"
@@ -72,13 +79,20 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
             report.skipped[name] = "LoRA adapter"
         elif excluded:
             report.skipped[name] = f"excluded by {excluded[0]!r}"
+            for pattern in excluded:
+                report.by_pattern[pattern] += 1
         else:
-            report.converted[name] = _layer_recipe(recipe, overriding)
+            report.converted[name] = recipe.for_layer(overriding)
             report.elements += module.weight.numel()
+            for pattern in overriding:
+                report.by_pattern[pattern] += 1
     unmatched = [p for p, count in report.by_pattern.items() if not count]
     if unmatched:
         some = ", ".join([*report.converted][:3]) or "none"
-        raise RecipeError(f"pattern {unmatched[0]!r} of the recipe matches no Linear layer; layers are named like: {some}")
+        raise RecipeError(
+            f"pattern {unmatched[0]!r} of the recipe matches no Linear layer that would be quantised; "
+            f"layers are named like: {some}"
+        )
     if not report.converted:
         why = "; ".join(f"{n}: {r}" for n, r in [*report.skipped.items()][:4]) or "it has no nn.Linear"
         raise RecipeError(f"{type(model).__name__} has nothing to quantise ({why}); change the recipe or the model")
@@ -139,14 +153,5 @@ def matches(pattern: str, name: str) -> bool:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, MXFP4Linear):
+        if isinstance(module, nn.Linear):
             yield name, module
-
-
-def _layer_recipe(recipe: ModelRecipe, overriding: list[str]) -> ModelRecipe:
-    """The layer's own recipe: the last matching override replaces the recipe of every operand that is quantised."""
-    if not overriding:
-        return recipe if not (recipe.overrides or recipe.exclude) else replace(recipe, overrides={}, exclude=())
-    over = recipe.overrides[overriding[-1]]
-    operands = {n: over for n in ("weight", "activation", "grad") if getattr(recipe, n) is not None}
-    return replace(recipe, overrides={}, exclude=(), **operands)

@@ -64,7 +64,7 @@ class QuantizedMatmul(torch.autograd.Function):
                 w = _operand(w, recipe.weight, axis=0)
             dx = _operand(g, recipe.grad, axis=-1) @ w
         if ctx.needs_input_grad[1]:
-            tokens_g, tokens_x = g.flatten(0, -2), x.flatten(0, -2)
+            tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if recipe.wgrad == "mx":
                 tokens_x = _operand(tokens_x, recipe.activation, axis=0)
             dw = (_operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
@@ -112,7 +112,8 @@ class MXFP4Linear(nn.Linear):
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
 
-        It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`.
+        It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`. A write through
+        `weight.data` is invisible to PyTorch: call `release` (or `mxfp4_rl.nn.release_operands`) after one.
         """
         key = self._key(dtype)
         if self._held_key != key:
@@ -181,7 +182,7 @@ class LayerStats:
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:
         """Measure the error of quantising t (..., features) along its last axis, the first time; not if `recipe` is None."""
         if recipe is not None and operand not in self.sums:
-            self.sums[operand] = error_stats(spaced_rows(t.flatten(0, -2), self.max_rows), recipe)
+            self.sums[operand] = error_stats(spaced_rows(t.reshape(-1, t.shape[-1]), self.max_rows), recipe)
 
 
 def spaced_rows(t: torch.Tensor, max_rows: int | None) -> torch.Tensor:

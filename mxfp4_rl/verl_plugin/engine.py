@@ -42,6 +42,8 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
                 role = "reference" if reference else "actor"
                 print(f"[mxfp4] {role}: {report.describe()}", flush=True)
                 print(f"[mxfp4] {role}: {self.settings.recipe.describe()}; kernels: PyTorch reference", flush=True)
+                held = report.elements * self.compute_dtype.itemsize / 2**30
+                print(f"[mxfp4] {role}: every rank keeps its dequantised weights, {held:.2f} GiB", flush=True)
         return module
 
     def _build_fsdp_module(self, module):

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
@@ -36,45 +37,42 @@ class RolloutModel:
     """The model a server samples from: its weights, their noise, and generation. No Ray in here.
 
     Args:
-        path: local checkpoint folder; only its config is read, weights come from `load`.
+        config: the transformers configuration that the actor's model was built from; weights come from `load`.
+        stop_ids: token ids that end a response. pad_id: fills shorter prompts of a batch.
         settings: the `mxfp4:` block.
         schedule: of the noise, or None.
         dtype: compute dtype, the actor's.
         device: where it lives.
-        attention: transformers' attn_implementation.
         seed: of the sampling.
+        trust_remote_code: as in transformers.
     """
 
     def __init__(
         self,
-        path: str,
+        config,
+        stop_ids: set[int],
+        pad_id: int,
         settings: Settings,
         schedule: AQNSchedule | None,
         dtype: torch.dtype,
         device: str = "cpu",
-        attention: str = "sdpa",
         seed: int = 0,
+        trust_remote_code: bool = False,
     ):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(path, attn_implementation=attention)
         # Its parameters keep requires_grad: torch multiplies the last hidden states, a strided slice, by a frozen lm_head as
         # a batch of products with that many copies of it (3.6 GB for 64 rows and a vocabulary of 49k).
-        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         self.report = convert_for_rollout(self.model, settings.recipe) if settings.enable else None
         self.model.to(device)
         self.dtype, self.seed, self.schedule = dtype, seed, schedule
         self.noise_targets = noise_targets(self.model) if schedule else []
         self.clean: dict[str, torch.Tensor] = {}
+        self._noise_on = True
         self.global_steps: int | None = None
         self._drawn: Counter = Counter()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        self.stop_ids = {tokenizer.eos_token_id}
-        if os.path.exists(os.path.join(path, "generation_config.json")):
-            eos = GenerationConfig.from_pretrained(path).eos_token_id
-            self.stop_ids |= set(eos if isinstance(eos, list) else [eos])
-        self.stop_ids.discard(None)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.stop_ids, self.pad_id = stop_ids, pad_id
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor | MXFP4Tensor], global_steps: int | None) -> int:
@@ -107,12 +105,13 @@ class RolloutModel:
         if global_steps is not None and global_steps != self.global_steps:
             self.global_steps = global_steps
             self._drawn.clear()
-        self.set_noise(True)
+        self.set_noise(self._noise_on)  # a sync in the middle of a validation leaves the noise off
         return size
 
     @torch.no_grad()
     def set_noise(self, on: bool) -> float:
         """Put this step's noise on the clean norm weights, or take it off; returns sigma."""
+        self._noise_on = on
         step = self.global_steps or 0
         parameters = dict(self.model.named_parameters())
         for name, clean in self.clean.items():
@@ -128,6 +127,13 @@ class RolloutModel:
             seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
             self._drawn[key] += sampling.temperature > 0
         return generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
+
+
+def stop_token_ids(tokenizer, generation_config=None) -> set[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's generation config (one, several or none)."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return ids - {None}
 
 
 @dataclass(eq=False)
@@ -148,16 +154,18 @@ class MXFP4Server:
         settings = Settings.from_config(custom.get("mxfp4"))
         steps = custom.get("total_training_steps")
         schedule = settings.aqn.schedule(steps) if settings.enable and settings.aqn.enable else None
-        override = _get(model_config, "override_config") or {}
+        model = omega_conf_to_dataclass(model_config)  # reads config and tokenizer, as the actor does
         self.config = config
         self.rollout = RolloutModel(
-            path=_get(model_config, "local_path") or _get(model_config, "path"),
+            config=model.hf_config,
+            stop_ids=stop_token_ids(model.tokenizer, model.generation_config),
+            pad_id=model.tokenizer.pad_token_id or 0,
             settings=settings,
             schedule=schedule,
             dtype=getattr(torch, config.dtype),
             device=device,
-            attention=override.get("attn_implementation", "sdpa"),
             seed=int(config.seed or 0) + replica_rank,
+            trust_remote_code=model.trust_remote_code,
         )
         if self.rollout.report is not None and replica_rank == 0:
             print(f"[mxfp4] rollout: {self.rollout.report.describe()}", flush=True)
@@ -212,10 +220,12 @@ class MXFP4Server:
                     batch[0].sampling,
                 )
             except Exception as error:  # goes to those who asked, and the server lives on
-                for request in batch:
+                for request in (r for r in batch if not r.answer.done()):
                     request.answer.set_exception(RuntimeError(f"rollout failed: {type(error).__name__}: {error}"))
                 continue
             for request, (tokens, log_probs) in zip(batch, samples, strict=True):
+                if request.answer.done():  # whoever asked has given up
+                    continue
                 stopped = tokens[-1] in self.rollout.stop_ids
                 request.answer.set_result(
                     TokenOutput(
@@ -321,7 +331,3 @@ class MXFP4RolloutAdapter(BaseRollout):
 
     async def release(self):
         return None
-
-
-def _get(config, name: str):
-    return config.get(name) if hasattr(config, "get") else getattr(config, name, None)
