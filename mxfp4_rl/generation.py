@@ -32,7 +32,7 @@ class Sampling:
         return warpers
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors have no version, and shared inputs would be quantised again
 def generate(
     model: torch.nn.Module,
     prompts: list[list[int]],

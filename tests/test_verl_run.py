@@ -117,3 +117,26 @@ def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_pat
     run = RunLog.load(run_dir)
     assert not [n for n in run.names() if n.startswith(("mxfp4/", "mxfp4_share/", "mxfp4_layers/"))]
     assert all(abs(v) < 0.01 for v in run.series("rollout_corr/k3_kl")[1])
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_where_it_stopped_and_names_another_recipe(model, tmp_path):
+    run_dir = tmp_path / "run"
+    common = ["trainer.save_freq=1", "trainer.test_freq=-1", "trainer.val_before_train=false", "trainer.resume_mode=auto"]
+    for steps, more in ((1, []), (2, ["mxfp4.recipe.fallback_alpha=1.0"])):
+        result = subprocess.run(
+            command(model, run_dir, f"trainer.total_training_steps={steps}", *common, *more),
+            env=environment(tmp_path),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr + (run_dir / "verl.log").read_text()[-6000:]
+    run = RunLog.load(run_dir)
+    steps, error = run.series("mxfp4/rel_mse")
+    assert list(steps) == [1, 2]
+    assert error[1] < 0.2 * error[0]  # alpha 1 instead of 0.5: the second step really ran with the other recipe
+    assert "another recipe than this run's" in (run_dir / "verl.log").read_text()
+    stored = [json.loads((run_dir / f"checkpoints/global_step_{s}/mxfp4_recipe.json").read_text()) for s in (1, 2)]
+    assert [recipe["weight"]["fallback_alpha"] for recipe in stored] == [0.5, 1.0]

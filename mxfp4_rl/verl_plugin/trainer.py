@@ -19,6 +19,8 @@ from mxfp4_rl.settings import Settings
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, prepare_backends
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
 
+RECIPE_FILE = "mxfp4_recipe.json"
+
 
 def register(_verl_trainers) -> None:
     """Post-import hook of `verl.trainer.ppo.v1`; importing this module has registered the trainer."""
@@ -99,11 +101,21 @@ class MXFP4TrainerSync(PPOTrainerSync):
             metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
         return batch
 
+    def _recipe(self) -> dict | None:
+        return self.settings.recipe.to_dict() if self.settings.enable else None
+
+    def _load_checkpoint(self):
+        super()._load_checkpoint()
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        stored = Path(trainer.resume_from_path if trainer.resume_mode == "resume_path" else folder) / RECIPE_FILE
+        if self.global_steps > 0 and stored.is_file() and json.loads(stored.read_text()) != self._recipe():
+            print(f"[mxfp4] warning: {stored} is another recipe than this run's, which goes on with its own", flush=True)
+
     def _save_checkpoint(self):
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = self.settings.recipe.to_dict() if self.settings.enable else None
-        (folder / "mxfp4_recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / RECIPE_FILE).write_text(json.dumps(self._recipe(), indent=2) + "\n")
         super()._save_checkpoint()  # writes the pointer to the latest checkpoint last
 
     def _set_noise(self, on: bool) -> None:
