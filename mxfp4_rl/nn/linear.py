@@ -115,6 +115,8 @@ class MXFP4Linear(nn.Linear):
         It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`. A write through
         `weight.data` is invisible to PyTorch: call `release` (or `mxfp4_rl.nn.release_operands`) after one.
         """
+        if self.recipe.weight is None:
+            return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
         key = self._key(dtype)
         if self._held_key != key:
             with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
