@@ -23,7 +23,7 @@ def test_quickstart_raises_reward_and_validation(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     run = RunLog.load(tmp_path / "run")
-    steps, reward = run.series(run.reward_metric)
+    steps, reward = run.series("critic/score/mean")
     assert list(steps) == list(range(1, 21))
     first, last = quarter_means(reward)
     assert last - first >= 0.15
