@@ -7,7 +7,7 @@ GRID = [Fraction(v) for v in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
 
 
 def scale_exponent(amax: float, rule: str) -> int:
-    """Unbiased exponent of the block scale, clamped to what E8M0 stores here (2^-126 and up)."""
+    """Unbiased exponent of the block scale, clamped to what is written here (2^-126 to 2^124)."""
     if amax == 0:
         return -126
     m = Fraction(amax)
@@ -22,7 +22,7 @@ def scale_exponent(amax: float, rule: str) -> int:
         e = next(e for e in range(floor_log2 - 4, floor_log2 + 2) if m <= bound * Fraction(2) ** e)
         if rule == "oas" and m / Fraction(2) ** e <= Fraction(7, 2):
             e -= 1
-    return max(e, -126)
+    return min(max(e, -126), 124)
 
 
 def e2m1_code(t: Fraction, negative: bool) -> int:

@@ -15,14 +15,16 @@ to the bits of a float32 and shifting out the mantissa rounds its exponent up ex
 
 import torch
 
-MIN_BYTE, MAX_BYTE, NAN_BYTE = 1, 254, 255  # byte 0 (2^-127) is decoded, never written: its reciprocal overflows
+# Written scales stay within 2^-126 (byte 0 is decoded, but its reciprocal overflows) and 2^124: there the largest element and a
+# second pass on top of it are still float32 numbers. Magnitudes above 1.28e38 saturate instead of becoming infinite.
+MIN_BYTE, MAX_BYTE, NAN_BYTE = 1, 251, 255
 
 _CARRY = {"floor": 0, "oas": 0x1FFFFF, "even": 0x200000, "rceil": 0x3FFFFF, "ceil": 0x7FFFFF}
 _INF_BITS = 0x7F800000
 
 
 def scale_byte(amax: torch.Tensor, rule: str) -> torch.Tensor:
-    """Largest magnitudes, float32 (...) -> biased scale exponents, int32 (...), 1..254; 255 (NaN) if amax is not finite.
+    """Largest magnitudes, float32 (...) -> biased scale exponents, int32 (...), 1..251; 255 (NaN) if amax is not finite.
 
     A zero or vanishing amax gets byte 1, so a zero block has one canonical form.
     """
@@ -41,5 +43,5 @@ def exp2_byte(byte: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_scale(byte: torch.Tensor) -> torch.Tensor:
-    """1 / 2^(byte - 127) as float32, for int32 bytes 1..253; NaN for 255. Exact."""
+    """1 / 2^(byte - 127) as float32, for int32 bytes 1..251; NaN for 255. Exact."""
     return torch.where(byte == NAN_BYTE, 0x7FC00000, (254 - byte) << 23).view(torch.float32)
