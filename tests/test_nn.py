@@ -16,8 +16,8 @@ FULL = QuantRecipe(macro_block="static", fallback_alpha=0.5)
 GRAD = QuantRecipe(scale_rule="oas")
 
 
-def converted(recipe, inputs=70, outputs=48, dtype=torch.float64):
-    """A quantised layer between float32 masters and a `dtype` input (float64 products are exact enough to compare with)."""
+def converted(recipe, inputs=70, outputs=48):
+    """One quantised layer with float32 masters."""
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Linear(inputs, outputs))
     convert(holder, recipe)

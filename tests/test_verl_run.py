@@ -116,7 +116,7 @@ def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_pat
     output, _ = process.communicate(timeout=60)
     took = time.monotonic() - began
     assert process.returncode == 130, output
-    assert took < 30, f"Ctrl-C took {took:.1f} s"  # 4 s on an idle machine; tests/test_cli.py bounds the launcher itself
+    assert took < 10, f"Ctrl-C took {took:.1f} s"
     assert not (left := ray_processes() - before), left
     assert (run_dir / "report" / "report.html").exists()
     run = RunLog.load(run_dir)
