@@ -14,12 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-BLOCK_SIZE = 32  # elements that share one E8M0 scale (OCP Microscaling v1.0)
-
-SCALE_RULES = ("floor", "rceil", "ceil", "even", "oas")
+BLOCK_SIZES = {"mxfp4": (32, 16), "nvfp4": (16,)}  # elements that share one scale; the format's own size comes first
+FORMATS = tuple(BLOCK_SIZES)
+SCALE_RULES = {  # by format; the default comes first
+    "mxfp4": ("rceil", "floor", "ceil", "even", "oas", "search"),
+    "nvfp4": ("static", "static4", "four_over_six", "search", "soar"),
+}
+SEARCH_WINDOWS = {"mxfp4": (-1, 0), "nvfp4": (-2, 6)}  # offsets to the scale's code that "search" tries
 MACRO_BLOCKS = (None, "static", "dynamic")
-FORMATS = ("mxfp4",)
-ROUNDINGS = ("nearest",)
+MACRO_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+HADAMARD_SIZES = (None, 32, 64, 128, 256)
+ROUNDINGS = ("nearest", "stochastic")
 BACKWARD_OPERANDS = ("ste", "bf16", "mx")
 
 
@@ -29,59 +34,195 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """How one tensor is quantised to MXFP4: E2M1 elements, one E8M0 scale per 32 along the contraction axis.
+    """How one tensor is quantised: E2M1 elements, and a scale per block along the contraction axis.
 
     Args:
-        format: "mxfp4".
-        scale_rule: how the block's largest magnitude becomes a power of two: "floor" (OCP), "rceil" (never clips; what
-            arXiv 2605.20402 uses), "ceil", "even" or "oas" (overflow-aware, arXiv 2603.08713).
-        macro_block: macro-block scaling (MBS): one 8-bit mantissa for `macro_size` elements, chosen from the largest
-            magnitude ("static") or by the smallest squared error of 16 candidates ("dynamic"). None switches it off.
-        macro_size: elements of a macro block, a multiple of 32.
-        fallback_alpha: outlier fallback (OF), x = Q(x) + alpha * Q(x - Q(x)), alpha in (0, 1]. None switches it off.
-        rounding: "nearest" (ties to even code).
+        format: "mxfp4" (a power-of-two E8M0 scale per 32) or "nvfp4" (an E4M3 scale per 16, and a float32 per tensor).
+        scale_rule: how a block gets its scale. mxfp4: "rceil" (never clips; what arXiv 2605.20402 uses), "floor" (OCP), "ceil",
+            "even", "oas" (overflow-aware, arXiv 2603.08713), "search" (the exponent of least squared error), or a number
+            c in [4, 12] for s = 2^ceil(log2(amax / c)), the family that all but "search" belong to (7.25 has the least
+            squared error). nvfp4: "static" (amax to 6), "static4" (amax to 4), "four_over_six" (arXiv 2512.02010), "search"
+            (ScaleSearch, arXiv 2605.12464), "soar" (arXiv 2605.12245). None: "rceil" or "static".
+        search_window: first and last offset to the scale's code that "search" tries. None: (-1, 0) or (-2, 6).
+        block_size: elements that share a scale: 32 or 16 for mxfp4, 16 for nvfp4. None: the format's own.
+        tile: 2-D blocks: one scale for block_size x block_size elements of the last two axes (the quantised one and the one
+            before it), so that a weight quantised once serves the forward and dgrad alike.
+        macro_block: macro-block scaling (MBS, mxfp4): one 8-bit mantissa for `macro_size` elements, chosen from the largest
+            magnitude ("static") or by the least squared error of 16 candidates ("dynamic"). None switches it off. In a
+            `ModelRecipe` block also "hybrid": dynamic for weights, static for the others.
+        macro_size: elements of a macro block, a multiple of 32 up to 256.
+        fallback_alpha: outlier fallback (OF, mxfp4), x = Q(x) + alpha * Q(x - Q(x)), alpha in (0, 1]. None switches it off.
+        fallback_fraction: masked OF: only this fraction of the tensor's blocks, those with the largest magnitudes (and all
+            that equal the smallest of them), get the second pass. A token's result then depends on the whole batch.
+        fallback_threshold: masked OF: only blocks whose largest magnitude is above this. (arXiv 2503.08040's criterion.)
+        pre_scale: quantise pre_scale * x and divide after (mxfp4; 0.75 is arXiv 2601.09555's). 1 is off.
+        rounding: "nearest" (ties to even code) or "stochastic" (unbiased where the scale does not clip, for gradients).
+        hadamard: rotate blocks of this many elements along the contraction axis before (a random-sign Hadamard transform),
+            and back after; 32, 64, 128 or 256. None is off.
 
     Raises:
-        RecipeError: a value outside the above.
+        RecipeError: a value outside the above, or a correction that the format does not have.
     """
 
     format: str = "mxfp4"
-    scale_rule: str = "rceil"
+    scale_rule: str | float | None = None
+    search_window: tuple[int, int] | None = None
+    block_size: int | None = None
+    tile: bool = False
     macro_block: str | None = None
     macro_size: int = 128
     fallback_alpha: float | None = None
+    fallback_fraction: float | None = None
+    fallback_threshold: float | None = None
+    pre_scale: float = 1.0
     rounding: str = "nearest"
+    hadamard: int | None = None
 
     def __post_init__(self):
         _one_of("format", self.format, FORMATS)
-        _one_of("scale_rule", self.scale_rule, SCALE_RULES)
+        rules = SCALE_RULES[self.format]
+        if self.scale_rule is None:
+            object.__setattr__(self, "scale_rule", rules[0])
+        if _is_number(self.scale_rule):
+            self._check_constant()
+        else:
+            _one_of("scale_rule", self.scale_rule, rules, f" (format {self.format})")
+        if self.block_size is None:
+            object.__setattr__(self, "block_size", BLOCK_SIZES[self.format][0])
+        _one_of("block_size", self.block_size, BLOCK_SIZES[self.format], f" (format {self.format})")
+        _one_of("tile", self.tile, (False, True))
         _one_of("macro_block", self.macro_block, MACRO_BLOCKS)
+        if type(self.macro_size) is not int or self.macro_size not in MACRO_SIZES:
+            raise RecipeError(f"macro_size={self.macro_size!r} is not a multiple of 32 up to 256; try {_near(self.macro_size)}")
         _one_of("rounding", self.rounding, ROUNDINGS)
-        size = self.macro_size
-        if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % BLOCK_SIZE:
-            raise RecipeError(f"macro_size={size!r} is not a positive multiple of {BLOCK_SIZE}; try {_near(size)}")
-        alpha = self.fallback_alpha
-        if alpha is not None:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1:
-                raise RecipeError(
-                    f"fallback_alpha={alpha!r} is outside (0, 1]; use 0.5 (the paper's), 1.0, or null to switch it off"
-                )
-            object.__setattr__(self, "fallback_alpha", float(alpha))
+        _one_of("hadamard", self.hadamard, HADAMARD_SIZES)
+        self._check_window()
+        self._number("pre_scale", lambda v: 0.5 <= v <= 2, "outside [0.5, 2]; use 0.75 (arXiv 2601.09555's), or 1 for none")
+        self._number(
+            "fallback_alpha",
+            lambda v: 0 < v <= 1,
+            "outside (0, 1]; use 0.5 (the paper's), 1.0, or null to switch it off",
+            optional=True,
+        )
+        self._number("fallback_fraction", lambda v: 0 < v <= 1, "outside (0, 1]; null is every block", optional=True)
+        self._number(
+            "fallback_threshold", lambda v: 0 <= v < float("inf"), "not a magnitude; null is every block", optional=True
+        )
+        self._check_combinations()
+
+    def _check_constant(self):
+        if not 4 <= self.scale_rule <= 12:
+            raise RecipeError(
+                f"scale_rule={self.scale_rule!r} is not in [4, 12]: s = 2^ceil(log2(amax / c)); c = 6 is rceil, 7.25 has the "
+                "least squared error"
+            )
+        if self.format != "mxfp4":
+            raise RecipeError(
+                f"scale_rule={self.scale_rule!r} is a constant of E8M0 scales; {self.format} has {SCALE_RULES[self.format]}"
+            )
+        object.__setattr__(self, "scale_rule", float(self.scale_rule))
+
+    def _check_window(self):
+        window = self.search_window
+        if window is None:
+            return
+        if self.scale_rule != "search":
+            raise RecipeError(f"search_window={window!r} needs scale_rule='search', not {self.scale_rule!r}")
+        ends = list(window) if isinstance(window, list | tuple) else []
+        if len(ends) != 2 or not all(isinstance(e, int) and not isinstance(e, bool) for e in ends):
+            raise RecipeError(f"search_window={window!r} is not a pair of whole numbers such as {SEARCH_WINDOWS[self.format]}")
+        if not -16 <= ends[0] <= 0 <= ends[1] <= 16:
+            raise RecipeError(f"search_window={window!r} must hold 0 and stay within [-16, 16]")
+        object.__setattr__(self, "search_window", tuple(ends))
+
+    def _check_combinations(self):
+        if self.fallback_alpha is None:
+            for name in ("fallback_fraction", "fallback_threshold"):
+                if getattr(self, name) is not None:
+                    raise RecipeError(f"{name}={getattr(self, name)} masks the outlier fallback: give fallback_alpha too")
+        if self.fallback_fraction is not None and self.fallback_threshold is not None:
+            raise RecipeError("fallback_fraction and fallback_threshold are two ways to choose the blocks: give one of them")
+        if self.tile and self.macro_block:
+            raise RecipeError("tile=true has one scale for several rows, macro_block one factor per row: use one of them")
+        if self.tile and self.scale_rule == "soar":
+            raise RecipeError("scale_rule='soar' is defined for 1-D blocks; use tile=false or scale_rule='search'")
+        if self.format != "mxfp4":
+            wrong = [
+                n for n, v in (("macro_block", self.macro_block), ("fallback_alpha", self.fallback_alpha)) if v is not None
+            ]
+            wrong += ["pre_scale"] if self.pre_scale != 1 else []
+            if wrong:
+                raise RecipeError(f"{wrong[0]} corrects E8M0 scales: it needs format='mxfp4', not {self.format!r}")
+
+    def _number(self, name: str, valid, problem: str, optional: bool = False):
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not _is_number(value) or not valid(value):
+            raise RecipeError(f"{name}={value!r} is {problem}")
+        object.__setattr__(self, name, float(value))
+
+    @property
+    def window(self) -> range:
+        """The offsets that "search" tries, in order."""
+        first, last = self.search_window or SEARCH_WINDOWS[self.format]
+        return range(first, last + 1)
 
     @property
     def bits_per_element(self) -> float:
-        """Storage cost, scales included: 4.25 for plain MXFP4, twice that with the fallback, plus MBS's byte."""
-        bits = (4 + 8 / BLOCK_SIZE) * (2 if self.fallback_alpha is not None else 1)
+        """Storage cost, scales included: 4.25 for plain MXFP4, twice that with the fallback, plus MBS's byte; 4.5 for NVFP4."""
+        scale = 8 / self.block_size / (self.block_size if self.tile else 1)
+        share = 1.0 if self.fallback_fraction is None else self.fallback_fraction
+        bits = 4 + scale
+        if self.fallback_alpha is not None:  # a masked fallback also stores which blocks have one
+            bits += bits * share + (1 / self.block_size if share < 1 else 0)
         return bits + (8 / self.macro_size if self.macro_block else 0)
 
     def describe(self) -> str:
         """One short human-readable line, e.g. "mxfp4 rceil + MBS static 128 + OF 0.5"."""
-        parts = [f"{self.format} {self.scale_rule}"]
+        rule = f"c={self.scale_rule:g}" if _is_number(self.scale_rule) else self.scale_rule
+        if self.search_window:
+            rule += f" [{self.search_window[0]}, {self.search_window[1]}]"
+        parts = [f"{self.format} {rule}"]
+        if self.block_size != BLOCK_SIZES[self.format][0] or self.tile:
+            parts.append(f"{self.block_size}x{self.block_size} tiles" if self.tile else f"blocks of {self.block_size}")
         if self.macro_block:
             parts.append(f"MBS {self.macro_block} {self.macro_size}")
         if self.fallback_alpha is not None:
-            parts.append(f"OF {self.fallback_alpha:g}")
+            mask = f" on {self.fallback_fraction:.0%} of the blocks" if self.fallback_fraction is not None else ""
+            mask = f" above {self.fallback_threshold:g}" if self.fallback_threshold is not None else mask
+            parts.append(f"OF {self.fallback_alpha:g}{mask}")
+        if self.pre_scale != 1:
+            parts.append(f"pre-scale {self.pre_scale:g}")
+        if self.hadamard:
+            parts.append(f"Hadamard {self.hadamard}")
+        if self.rounding != "nearest":
+            parts.append(self.rounding)
         return " + ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> QuantRecipe:
+        """A recipe from its short name: a format and words joined by "+", e.g. "mxfp4+oas+mbs32-dynamic+of1", "nvfp4+search".
+
+        Words: a scale rule of the format ("-" may stand for "_") or "c7.25"; "mbs", "mbs32", "mbs-dynamic", "mbs32-dynamic";
+        "of", "of1", "of0.5", and "top5%" to mask it; "b16"; "tile"; "prescale"; "sr"; "hadamard64".
+        """
+        format, *words = text.strip().lower().split("+")
+        _one_of("format", format, FORMATS, f" (in {text!r})")
+        given: dict[str, Any] = {"format": format}
+        for word in words:
+            new = _parse_word(word, format)
+            if new is None:
+                rules = ", ".join(rule.replace("_", "-") for rule in SCALE_RULES[format])
+                raise RecipeError(
+                    f"{word!r} in {text!r} is none of: {rules}, c7.25, mbs, mbs32, mbs-dynamic, of, of0.5, top5%, b16, tile, "
+                    "prescale, sr, hadamard64"
+                )
+            twice = sorted(given.keys() & new.keys())
+            if twice:
+                raise RecipeError(f"{word!r} in {text!r} sets {twice[0]} a second time; name one of them")
+            given |= new
+        return _build(cls, given, repr(text))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | QuantRecipe | None, where: str = "recipe") -> QuantRecipe:
@@ -127,6 +268,13 @@ class ModelRecipe:
                 object.__setattr__(self, name, QuantRecipe.from_dict(value, f"recipe.{name}"))
         if self.grad is None and "mx" in (self.dgrad, self.wgrad):
             raise RecipeError("dgrad/wgrad='mx' quantises both operands: give a `grad` recipe too, or use 'ste'")
+        for name in ("weight", "activation"):
+            recipe = getattr(self, name)
+            if recipe is not None and recipe.rounding == "stochastic":
+                raise RecipeError(
+                    f"{name}.rounding='stochastic': trainer and rollout would round differently; it is for `grad` "
+                    "(grad.rounding=stochastic)"
+                )
         if self.weight is None and self.activation is None and self.grad is None:
             raise RecipeError("nothing is quantised: weight, activation and grad are all null; use enable=false instead")
         if isinstance(self.exclude, str):
@@ -136,16 +284,18 @@ class ModelRecipe:
         for pattern, over in self.overrides.items():
             where = f"recipe.overrides[{pattern!r}]"
             overrides[_pattern(pattern, where)] = _plain_override(over, where)
-            for operand in (self.weight, self.activation, self.grad):
+            for name in ("weight", "activation", "grad"):
+                operand = getattr(self, name)
                 if operand is not None:
-                    _build(QuantRecipe, {**dataclasses.asdict(operand), **overrides[pattern]}, where)
+                    _build(QuantRecipe, _overridden(operand, overrides[pattern], name), where)
         object.__setattr__(self, "overrides", overrides)
 
     def for_layer(self, patterns: list[str]) -> ModelRecipe:
         """The recipe of one layer: its matching overrides, in order, on top of each operand's own recipe."""
         operands = {name: getattr(self, name) for name in ("weight", "activation", "grad")}
         for pattern in patterns:
-            operands = {n: r and dataclasses.replace(r, **self.overrides[pattern]) for n, r in operands.items()}
+            over = self.overrides[pattern]
+            operands = {n: r and QuantRecipe(**_overridden(r, over, n)) for n, r in operands.items()}
         return dataclasses.replace(self, overrides={}, exclude=(), **operands)
 
     def describe(self) -> str:
@@ -177,10 +327,12 @@ class ModelRecipe:
         own = {k: v for k, v in values.items() if k in own_names}
         for operand, default in (("weight", {}), ("activation", {}), ("grad", None)):
             given = own.get(operand, default)
+            if isinstance(given, Mapping):
+                given = _resolve_hybrid({**shared, **given}, operand)
             if isinstance(given, QuantRecipe) or given is None:
                 own[operand] = given
             elif isinstance(given, Mapping):
-                own[operand] = _build(QuantRecipe, {**shared, **given}, f"{where}.{operand}")
+                own[operand] = _build(QuantRecipe, given, f"{where}.{operand}")
             else:
                 raise RecipeError(f"{where}.{operand}={given!r} must be a block of recipe keys, or null")
         if not isinstance(own.get("overrides") or {}, Mapping):
@@ -225,14 +377,58 @@ def _plain_override(over: Any, where: str) -> dict[str, Any]:
     return over
 
 
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
+def _resolve_hybrid(values: Mapping[str, Any], operand: str) -> dict[str, Any]:
+    """MBS-Hybrid (arXiv 2603.08713): dynamic factors for weights, which are quantised once a step, static for the rest."""
+    values = dict(values)
+    if values.get("macro_block") == "hybrid":
+        values["macro_block"] = "dynamic" if operand == "weight" else "static"
+    return values
+
+
+def _overridden(recipe: QuantRecipe, over: Mapping[str, Any], operand: str) -> dict[str, Any]:
+    """The keys of `recipe` with those of `over` on top; another format starts from its own scale rule and block size."""
+    values = dataclasses.asdict(recipe)
+    if over.get("format", recipe.format) != recipe.format:
+        values |= {"scale_rule": None, "block_size": None, "search_window": None}
+    return values | _resolve_hybrid(over, operand)
+
+
+def _parse_word(word: str, format: str) -> dict[str, Any] | None:
+    """The recipe keys that one word of `QuantRecipe.parse` sets; None for an unknown word."""
+    rule = word.replace("-", "_").replace("4over6", "four_over_six")
+    if rule in SCALE_RULES[format]:
+        return {"scale_rule": rule}
+    fixed = {"tile": {"tile": True}, "2d": {"tile": True}, "prescale": {"pre_scale": 0.75}, "sr": {"rounding": "stochastic"}}
+    if word in fixed:
+        return fixed[word]
+    if match := re.fullmatch(r"c(\d+\.?\d*)", word):
+        return {"scale_rule": float(match[1])}
+    if match := re.fullmatch(r"mbs(\d*)(?:-(static|dynamic))?", word):
+        return {"macro_block": match[2] or "static"} | ({"macro_size": int(match[1])} if match[1] else {})
+    if match := re.fullmatch(r"of(\d*\.?\d*)", word):
+        return {"fallback_alpha": float(match[1] or 0.5)}
+    if match := re.fullmatch(r"top(\d+\.?\d*)%", word):
+        return {"fallback_fraction": float(match[1]) / 100}
+    if match := re.fullmatch(r"b(\d+)", word):
+        return {"block_size": int(match[1])}
+    if match := re.fullmatch(r"hadamard(\d+)", word):
+        return {"hadamard": int(match[1])}
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: Any, allowed: tuple, where: str = "") -> None:
+    # 1 == True and 1.0 == 1: only a value of the listed kind is that value.
+    if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
         shown = ", ".join("null" if a is None else repr(a) for a in allowed)
-        raise RecipeError(f"{name}={value!r} is not one of {shown}")
+        raise RecipeError(f"{name}={value!r} is not one of {shown}{where}")
 
 
 def _near(size: Any) -> int:
-    return max(BLOCK_SIZE, round(size / BLOCK_SIZE) * BLOCK_SIZE) if isinstance(size, int | float) else 128
+    return min(256, max(32, round(size / 32) * 32)) if _is_number(size) else 128
 
 
 def plain(values: Any) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.quant import error_stats, fake_quantize
-from mxfp4_rl.recipe import SCALE_RULES
 from tests.test_nn import FULL, llama
-from tests.test_quant import RECIPES, awkward, ids, same_bits
+from tests.test_quant import RECIPES, RULES, awkward, ids, same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-ALL = [r for r in RECIPES if r.macro_block != "dynamic"] + [QuantRecipe(scale_rule=rule) for rule in SCALE_RULES]
+ALL = [r for r in RECIPES if r.macro_block != "dynamic"] + [QuantRecipe(scale_rule=rule) for rule in RULES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mxfp4_rl.quant import ErrorStats, MXFP4Tensor, error_stats, fake_quantize
+from mxfp4_rl.quant import ErrorStats, QuantizedTensor, error_stats, fake_quantize
 from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
 
 _optimizer_steps = 0
@@ -124,7 +124,7 @@ class MXFP4Linear(nn.Linear):
             self._held_key = key
         return self._held
 
-    def hold(self, packed: MXFP4Tensor, dtype: torch.dtype) -> None:
+    def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
         """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
         self._held, self._held_key = packed.dequantize(dtype), self._key(dtype)
 

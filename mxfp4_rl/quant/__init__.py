@@ -1,6 +1,32 @@
 """The numerics, in plain PyTorch: what every operation of this project computes, to the bit."""
 
-from mxfp4_rl.quant.decomposition import ErrorParts, ErrorStats, decompose, error_stats
-from mxfp4_rl.quant.mxfp4 import MXFP4Tensor, fake_quantize, quantize
+from mxfp4_rl.quant.decomposition import (
+    ErrorPartition,
+    ErrorParts,
+    ErrorStats,
+    decompose,
+    error_stats,
+    partition,
+    precision_sweep,
+    rel_mse,
+    scale_ratios,
+)
+from mxfp4_rl.quant.quantizer import fake_quantize, quantize
+from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor
 
-__all__ = ["ErrorParts", "ErrorStats", "MXFP4Tensor", "decompose", "error_stats", "fake_quantize", "quantize"]
+__all__ = [
+    "ErrorPartition",
+    "ErrorParts",
+    "ErrorStats",
+    "MXFP4Tensor",
+    "NVFP4Tensor",
+    "QuantizedTensor",
+    "decompose",
+    "error_stats",
+    "fake_quantize",
+    "partition",
+    "precision_sweep",
+    "quantize",
+    "rel_mse",
+    "scale_ratios",
+]

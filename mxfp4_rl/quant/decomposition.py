@@ -1,29 +1,35 @@
-"""What 4 bits do to a tensor: the quantisation error, split into three parts (arXiv 2605.20402).
+"""What 4 bits do to a tensor: the quantisation error, split into parts (arXiv 2605.20402).
 
-For a block with largest magnitude m, s* = m / 6 is the real-valued scale that E8M0 rounds to s, Q* quantises with s*, and
+For a block with largest magnitude m, s* = m / 6 is the real-valued scale that the format rounds to s, Q* quantises with s*, and
 D = {Q*(x) = 0} is the deadzone. The first pass's error telescopes exactly:
 
-    Q1(x) - x  =  Q1(x) - Q*(x)                 scale bias: the scale is a power of two
+    Q1(x) - x  =  Q1(x) - Q*(x)                 scale bias: the scale is a power of two (or an E4M3 number)
                +  (Q*(x) - x) on D              deadzone:   small elements become zero
                +  (Q*(x) - x) off D             grid noise: the grid has eight magnitudes
     Q(x) - Q1(x)  =  alpha * q2 / f             fallback:   what the outlier fallback adds back (0 without it)
 
 Where s >= s* (rules rceil and ceil) the deadzone part is orthogonal to the other two, element by element. Scale bias and
 grid noise overlap (their cosine is about -0.66 on weights), so the three energies do not add up to the error's.
+
+`partition` splits the same error by the scale that was used, for any rule: elements that became zero, elements beyond the
+grid's end (which clipped), and the rest. These parts live on disjoint elements, so their energies do add up.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from mxfp4_rl.quant.blocks import over_tiles
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
-from mxfp4_rl.quant.macro_blocks import per_block
-from mxfp4_rl.quant.mxfp4 import MXFP4Tensor, quantize
-from mxfp4_rl.quant.scales import exp2_byte
-from mxfp4_rl.recipe import BLOCK_SIZE, QuantRecipe
+from mxfp4_rl.quant.passes import Chunk, Rows
+from mxfp4_rl.quant.quantizer import fake_quantize, passes
+from mxfp4_rl.quant.scales import rounded_up_scale
+from mxfp4_rl.quant.tensor import axis_back
+from mxfp4_rl.recipe import QuantRecipe, RecipeError
 
 
 @dataclass
@@ -43,34 +49,113 @@ class ErrorParts:
         return self.scale_bias + self.deadzone + self.grid_noise + self.fallback
 
 
-def decompose(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1) -> ErrorParts:
-    """Split the error of quantising `x` along `axis` into its parts. Args and errors as `quantize`."""
-    return _decompose(x, quantize(x, recipe, axis))[0]
+@dataclass
+class ErrorPartition:
+    """Q(x) - x by what became of each element, float64, each of the shape of x; the sum is Q(x) - x exactly.
+
+    Attributes:
+        deadzone: -x where the first pass gave 0. clipping: the first pass's error where |x| was beyond the grid's end.
+        grid_noise: its error elsewhere. fallback: what a second pass added.
+    """
+
+    deadzone: torch.Tensor
+    clipping: torch.Tensor
+    grid_noise: torch.Tensor
+    fallback: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """Q(x) - x."""
+        return self.deadzone + self.clipping + self.grid_noise + self.fallback
 
 
-def _decompose(x: torch.Tensor, q: MXFP4Tensor) -> tuple[ErrorParts, torch.Tensor, torch.Tensor]:
-    """Parts, the deadzone mask, and m per block (..., blocks) with the quantised axis last."""
-    exact = x.detach().double()
-    final = q.dequantize().double()
-    first = dataclasses.replace(q, residual=None).dequantize().double() if q.residual is not None else final
+def decompose(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorParts:
+    """Split the error of quantising `x` along `axis` into the paper's parts.
 
-    rows = exact.movedim(q.axis, -1)
-    tail = -rows.shape[-1] % BLOCK_SIZE
-    blocks = torch.nn.functional.pad(rows, (0, tail)).unflatten(-1, (-1, BLOCK_SIZE))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    on_grid = round_e2m1(torch.where(amax > 0, blocks * E2M1_MAX / amax, blocks))
+    Args and errors as `quantize`; RecipeError for a recipe that rotates, whose parts live in the rotated tensor.
+    """
+    parts, _ = _both(x, recipe, axis, seed)
+    return parts
+
+
+def partition(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorPartition:
+    """Split the error of quantising `x` by what became of each element. Args and errors as `decompose`."""
+    _, parts = _both(x, recipe, axis, seed)
+    return parts
+
+
+def _both(x, recipe, axis, seed) -> tuple[ErrorParts, ErrorPartition]:
+    recipe = recipe or QuantRecipe()
+    if recipe.hadamard:
+        raise RecipeError(
+            "the parts of a rotated tensor's error live in the rotated tensor: rotate it, and decompose with hadamard=None"
+        )
+    rows = Rows(x, axis, recipe)
+    outs = [torch.empty(rows.count, rows.length, dtype=torch.float64, device=x.device) for _ in range(7)]
+    done = 0
+    for source, chunk in passes(x, recipe, axis, seed):
+        count = source.shape[0]
+        measured = _measure(source, chunk, recipe, torch.float64)
+        for out, values in zip(outs, _split(measured)):
+            out[done : done + count] = values.flatten(-2)[:, : rows.length]
+        done += count
+    outs = [axis_back(out, x.shape, axis % x.ndim) for out in outs]
+    scale_bias, deadzone, grid_noise, fallback, zeroed, clipping, rest = outs
+    return ErrorParts(scale_bias, deadzone, grid_noise, fallback), ErrorPartition(zeroed, clipping, rest, fallback)
+
+
+@dataclass
+class _Measured:
+    """A chunk's first pass, final result and ideal result, each (R, blocks, block_size); masks; m, (R, blocks)."""
+
+    x: torch.Tensor
+    first: torch.Tensor
+    final: torch.Tensor | None  # None without a second pass: the first is the final result
+    ideal: torch.Tensor
+    dead: torch.Tensor
+    zero: torch.Tensor
+    beyond: torch.Tensor
+    amax: torch.Tensor
+
+
+def _measure(x: torch.Tensor, chunk: Chunk, recipe: QuantRecipe, dtype: torch.dtype) -> _Measured:
+    """`x` is float32; `dtype` is that of the ideal quantiser's arithmetic and of the results. The chunk is used up."""
+    scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
+    zero = chunk.values[0] == 0
+    first_only = dataclasses.replace(chunk, values=[chunk.values[0].clone()], scales=chunk.scales[:1])
+    first = first_only.operand()
+    final = chunk.operand() if len(chunk.values) > 1 else None
+    magnitude = x.abs()
+    amax = over_tiles(magnitude.amax(-1), recipe.block_size if recipe.tile else 1, "amax").unsqueeze(-1)
+    beyond = magnitude > (E2M1_MAX * scale).unsqueeze(-1)
+    x, amax = x.to(dtype), amax.to(dtype)
+    on_grid = round_e2m1(torch.where(amax > 0, x * E2M1_MAX / amax, x))
     # Rounded to float32, so that every difference below is exact in float64 and the sum telescopes to the bit.
-    ideal = (on_grid * amax / E2M1_MAX).float().double()
-    ideal, dead = (t.flatten(-2)[..., : rows.shape[-1]].movedim(-1, q.axis) for t in (ideal, on_grid == 0))
-
-    remainder = ideal - exact
-    parts = ErrorParts(
-        scale_bias=first - ideal,
-        deadzone=torch.where(dead, remainder, 0.0),
-        grid_noise=torch.where(dead, 0.0, remainder),
-        fallback=final - first,
+    ideal = (on_grid * amax / E2M1_MAX).float()
+    return _Measured(
+        x,
+        first.to(dtype),
+        None if final is None else final.to(dtype),
+        ideal.to(dtype),
+        on_grid == 0,
+        zero,
+        beyond,
+        amax.squeeze(-1),
     )
-    return parts, dead, amax.squeeze(-1)
+
+
+def _split(m: _Measured) -> Iterable[torch.Tensor]:
+    """scale bias, deadzone, grid noise, fallback; then by element: zeroed, clipped, the rest."""
+    remainder = m.ideal - m.x
+    first_error = m.first - m.x
+    broken = ~first_error.isfinite()
+    zero, beyond = m.zero | broken, m.beyond | broken  # so that a broken block is NaN in every part
+    yield m.first - m.ideal
+    yield torch.where(m.dead | broken, remainder, 0.0)
+    yield torch.where(m.dead & ~broken, 0.0, remainder)
+    yield m.first - m.first if m.final is None else m.final - m.first
+    yield torch.where(zero, first_error, 0.0)
+    yield torch.where(beyond, first_error, 0.0)
+    yield torch.where((zero | beyond) & ~broken, 0.0, first_error)
 
 
 @dataclass
@@ -83,10 +168,16 @@ class ErrorStats:
     grid_noise: float = 0.0
     fallback: float = 0.0
     cross: float = 0.0  # <scale bias, grid noise>
+    cross_deadzone: float = 0.0  # <scale bias, deadzone>
+    zeroed: float = 0.0  # of the first pass's error where it gave 0
+    clipped: float = 0.0  # of the first pass's error where |x| was beyond the grid's end
     first_error: float = 0.0  # of Q1(x) - x
     error: float = 0.0  # of Q(x) - x
+    product: float = 0.0  # <Q(x), x>
     dead_elements: float = 0.0
+    zero_elements: float = 0.0  # of the first pass
     elements: float = 0.0
+    broken: float = 0.0  # elements of blocks with NaN or Inf: in no other sum
     delta: float = 0.0  # sum over non-zero blocks of log2(s / s*)
     blocks: float = 0.0
 
@@ -94,54 +185,137 @@ class ErrorStats:
         return ErrorStats(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """Energy ratios to x: scale_bias, deadzone, grid_noise, fallback, rel_mse; and deadzone_fraction (of elements),
-        cos_scale_grid, delta_mean (octaves). Empty if nothing was added."""
+        """Empty if nothing was added, else:
+
+        scale_bias, deadzone, grid_noise, fallback, rel_mse: energies over that of x; deadzone_fraction, zero_fraction: of the
+        elements that the ideal and the actual first pass make zero; cos_scale_grid, cos_scale_deadzone; delta_mean (octaves);
+        slope: <Q(x), x> / <x, x>.
+        """
         if not self.energy > 0:
             return {}
         ratios = {n: getattr(self, n) / self.energy for n in ("scale_bias", "deadzone", "grid_noise", "fallback")}
         return ratios | {
             "rel_mse": self.error / self.energy,
             "deadzone_fraction": self.dead_elements / self.elements,
+            "zero_fraction": self.zero_elements / self.elements,
             "cos_scale_grid": self.cross / max((self.scale_bias * self.grid_noise) ** 0.5, 1e-300),
+            "cos_scale_deadzone": self.cross_deadzone / max((self.scale_bias * self.deadzone) ** 0.5, 1e-300),
             "delta_mean": self.delta / max(self.blocks, 1),
+            "slope": self.product / self.energy,
         }
 
     def shares(self) -> dict[str, float]:
         """The paper's table: energy of each part of the first pass over that pass's error energy."""
-        if not self.first_error > 0:
-            return {}
-        return {n: getattr(self, n) / self.first_error for n in ("scale_bias", "deadzone", "grid_noise")}
+        return self._over_first_error({n: getattr(self, n) for n in ("scale_bias", "deadzone", "grid_noise")})
+
+    def partition(self) -> dict[str, float]:
+        """Shares of the first pass's error by what became of the elements; they sum to 1 (see `partition`)."""
+        rest = self.first_error - self.zeroed - self.clipped
+        return self._over_first_error({"deadzone": self.zeroed, "clipping": self.clipped, "grid_noise": rest})
+
+    def _over_first_error(self, energies: dict[str, float]) -> dict[str, float]:
+        return {n: e / self.first_error for n, e in energies.items()} if self.first_error > 0 else {}
 
 
-def error_stats(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1) -> ErrorStats:
-    """Energies of the error parts of `x`, pooled over its finite blocks. Args and errors as `quantize`."""
-    q = quantize(x, recipe, axis)
-    parts, dead, amax = _decompose(x, q)
-    total = parts.total()
-    finite = total.isfinite()
-    if not finite.all():
-        parts = ErrorParts(*(torch.where(finite, t, 0.0) for t in vars(parts).values()))
-        total, dead, x = torch.where(finite, total, 0.0), dead & finite, torch.where(finite, x, 0)
+def error_stats(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorStats:
+    """Energies of the error parts of `x`, pooled over its finite blocks. Args and errors as `quantize`.
 
-    def energy(t):
-        return t.double().square().sum().item()
+    For a recipe that rotates, of the rotated tensor, whose error has the same energy.
+    """
+    recipe = recipe or QuantRecipe()
+    # float32 decides rightly on which side of a midpoint values of 8 or 11 bits are, but not always those of 24 bits.
+    dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+    length, width = x.shape[axis], None
+    sums = ErrorStats()
+    for source, chunk in passes(x, recipe, axis, seed):
+        width = source.shape[1] * source.shape[2]
+        m = _measure(source, chunk, recipe, dtype)
+        sums += _sums(m, chunk)
+    if width:  # padding is zero before and after: it counts in no energy, only as elements
+        padding = x.numel() // length * (width - length)
+        for name in ("elements", "dead_elements", "zero_elements"):
+            setattr(sums, name, getattr(sums, name) - padding)
+    return sums
 
-    scale = exp2_byte(q.scales).double()
-    if q.macro is not None:
-        scale = scale / per_block(q.macro, q.macro_size, scale.shape[-1])
-    delta = torch.log2(scale * E2M1_MAX / amax)
-    delta = delta[(amax > 0) & delta.isfinite()]
+
+def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
+    broken = ~m.amax.isfinite()
+    if broken.any():
+        for t in (m.x, m.first, m.ideal, *([] if m.final is None else [m.final])):
+            t.masked_fill_(broken.unsqueeze(-1), 0)
+        m.amax = m.amax.masked_fill(broken, 0)
+        for mask in (m.dead, m.zero, m.beyond):
+            mask.masked_fill_(broken.unsqueeze(-1), False)
+    per_block = m.x.shape[-1]
+    first_error, remainder, scale_bias = m.first - m.x, m.ideal - m.x, m.first - m.ideal
+    dead_remainder = torch.where(m.dead, remainder, 0.0)
+    grid_noise = remainder - dead_remainder
+
+    def dot(a, b):
+        return (a * b).sum(-1).double().sum().item()
+
+    final = m.first if m.final is None else m.final
+    first_energy = dot(first_error, first_error)
+    scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
+    delta = torch.log2(scale.double() * E2M1_MAX / m.amax)[m.amax > 0]
+    delta = delta[delta.isfinite()]
     return ErrorStats(
-        energy=energy(x),
-        scale_bias=energy(parts.scale_bias),
-        deadzone=energy(parts.deadzone),
-        grid_noise=energy(parts.grid_noise),
-        fallback=energy(parts.fallback),
-        cross=(parts.scale_bias * parts.grid_noise).sum().item(),
-        first_error=energy(total - parts.fallback),
-        error=energy(total),
-        dead_elements=dead.sum().item(),
-        elements=finite.sum().item(),
+        energy=dot(m.x, m.x),
+        scale_bias=dot(scale_bias, scale_bias),
+        deadzone=dot(dead_remainder, dead_remainder),
+        grid_noise=dot(grid_noise, grid_noise),
+        fallback=0.0 if m.final is None else dot(final - m.first, final - m.first),
+        cross=dot(scale_bias, grid_noise),
+        cross_deadzone=dot(scale_bias, dead_remainder),
+        zeroed=dot(torch.where(m.zero, m.x, 0.0), m.x),
+        clipped=dot(torch.where(m.beyond, first_error, 0.0), first_error) if m.beyond.any() else 0.0,
+        first_error=first_energy,
+        error=first_energy if m.final is None else dot(final - m.x, final - m.x),
+        product=dot(final, m.x),
+        dead_elements=float(m.dead.sum()),
+        zero_elements=float(m.zero.sum()),
+        elements=float(m.x.numel() - broken.sum() * per_block),
+        broken=float(broken.sum() * per_block),
         delta=delta.sum().item(),
-        blocks=delta.numel(),
+        blocks=float(delta.numel()),
     )
+
+
+def scale_ratios(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1) -> torch.Tensor:
+    """delta = log2(s / s*) of every non-zero finite block, float32 (blocks,). Args and errors as `quantize`."""
+    recipe = recipe or QuantRecipe()
+    found = []
+    for source, chunk in passes(x, recipe, axis):
+        amax = over_tiles(source.abs().amax(-1), recipe.block_size if recipe.tile else 1, "amax")
+        scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
+        delta = torch.log2(scale * E2M1_MAX / amax)
+        found.append(delta[(amax > 0) & amax.isfinite() & delta.isfinite()])
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def precision_sweep(
+    x: torch.Tensor, axis: int = -1, bits: Iterable[int] = range(9), block_size: int = 32
+) -> dict[int | None, float]:
+    """Squared error of `x` when the block scale keeps k mantissa bits, rounded up (E8Mk; k = 0 is MXFP4 with rceil).
+
+    Figure 2 of arXiv 2605.20402. Key None is the real-valued scale, the absmax quantisers' floor. Blocks with NaN or Inf are
+    left out. Args and errors as `quantize`.
+    """
+    bits = tuple(bits)
+    errors: dict[int | None, float] = dict.fromkeys((*bits, None), 0.0)
+    for _, b in Rows(x.detach(), axis, QuantRecipe(block_size=block_size)).chunks():
+        amax = torch.abs(b.x, out=b.first).amax(-1)
+        amax = torch.where(amax.isfinite(), amax, 0)
+        b.x.masked_fill_((amax == 0).unsqueeze(-1), 0)
+        for k in errors:
+            scale = (amax / E2M1_MAX if k is None else rounded_up_scale(amax, k)).clamp_(min=2.0**-120).unsqueeze(-1)
+            torch.mul(b.x, 1 / scale, out=b.second)
+            error = round_e2m1(b.second, out=b.first, scratch=b.scratch).mul_(scale).sub_(b.x)
+            errors[k] += error.square_().sum(-1).double().sum().item()
+    return errors
+
+
+def rel_mse(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> float:
+    """Energy of Q(x) - x over the energy of x, without the parts. Args and errors as `quantize`."""
+    error = fake_quantize(x, recipe, axis, dtype=torch.float32, seed=seed) - x.float()
+    return error.double().square().sum().item() / x.double().square().sum().item()

@@ -39,6 +39,25 @@ def round_e2m1(t: torch.Tensor, out: torch.Tensor | None = None, scratch: torch.
     return torch.copysign(out, t, out=out)
 
 
+def round_e2m1_stochastic(t: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Round `t` (float32, any shape) to one of its two E2M1 neighbours, up in magnitude with probability distance / step.
+
+    Unbiased for |t| <= 6; larger values saturate. NaN stays NaN.
+
+    Args:
+        t: values in units of the block scale.
+        uniform: float32 in [0, 1), of the shape of `t`: |t| rounds up where `uniform` is below its distance from the lower
+            neighbour, in steps.
+    """
+    magnitude = t.abs().clamp_(max=E2M1_MAX)
+    exponent_bits = (magnitude.view(torch.int32) & 0x7F800000).clamp_(min=0x3F800000)
+    step = exponent_bits.view(torch.float32) / 2  # 0.5 below 2, 1 below 4, 2 below 8: exact, like all that follows
+    steps = magnitude / step
+    lower = steps.floor()
+    rounded = (lower + (uniform < steps - lower)) * step
+    return torch.copysign(torch.where(magnitude.isnan(), magnitude, rounded), t)
+
+
 def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
     """E2M1 values (float, any shape) -> uint8 codes 0..15 of the same shape. NaN becomes code 7 (its block is NaN)."""
     u = values.abs().mul_(2).nan_to_num_(nan=12.0).to(torch.uint8)  # 0 1 2 3 4 6 8 12

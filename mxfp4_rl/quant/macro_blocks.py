@@ -13,10 +13,8 @@ worse than no MBS.
 
 import torch
 
-from mxfp4_rl.recipe import BLOCK_SIZE
-
 DYNAMIC_CANDIDATES = tuple(1 + j / 16 for j in range(16))
-_LARGEST_SCALED = 2.0**126  # f * amax could overflow float32 above this: such macro blocks keep f = 1
+_LARGEST_SCALED = 2.0**125  # f * amax, pre-scale included, could overflow float32 above this: such macro blocks keep f = 1
 
 
 def static_factor(macro_amax: torch.Tensor) -> torch.Tensor:
@@ -25,19 +23,3 @@ def static_factor(macro_amax: torch.Tensor) -> torch.Tensor:
     factor = ((bits & 0x007F8000) | 0x3F800000).view(torch.float32)
     usable = (macro_amax > 0) & (macro_amax < _LARGEST_SCALED)
     return torch.where(usable, factor, 1.0)
-
-
-def per_macro_block(block_values: torch.Tensor, macro_size: int, reduce: str) -> torch.Tensor:
-    """Reduce a value per 32-block, (R, blocks), to one per macro block, (R, ceil(blocks * 32 / macro_size)).
-
-    `reduce` is "amax" or "sum"; the last macro block may hold fewer blocks.
-    """
-    group = macro_size // BLOCK_SIZE
-    tail = -block_values.shape[-1] % group
-    padded = torch.nn.functional.pad(block_values, (0, tail)) if tail else block_values
-    return getattr(padded.unflatten(-1, (-1, group)), reduce)(-1)
-
-
-def per_block(macro_values: torch.Tensor, macro_size: int, blocks: int) -> torch.Tensor:
-    """Spread one value per macro block, (R, macros), over its 32-blocks, (R, blocks)."""
-    return macro_values.repeat_interleave(macro_size // BLOCK_SIZE, dim=-1)[..., :blocks]

@@ -13,7 +13,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from mxfp4_rl.monitor.components import collect_errors, start_measuring
 from mxfp4_rl.nn import convert, converted_layers, release_operands
-from mxfp4_rl.quant import MXFP4Tensor, quantize
+from mxfp4_rl.quant import QuantizedTensor, quantize
 from mxfp4_rl.settings import Settings
 
 
@@ -63,13 +63,13 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
         release_operands(self.module)
 
     def get_per_tensor_param(self, **kwargs):
-        """verl's (name, full tensor) pairs, with every converted weight as an MXFP4Tensor."""
+        """verl's (name, full tensor) pairs, with every converted weight as an QuantizedTensor."""
         pairs, peft_config = super().get_per_tensor_param(**kwargs)
         layers = converted_layers(self.module)
         return (self._packed(pairs, layers) if layers else pairs), peft_config
 
     @torch.no_grad()
-    def _packed(self, pairs, layers) -> Iterator[tuple[str, torch.Tensor | MXFP4Tensor]]:
+    def _packed(self, pairs, layers) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
         waiting = {f"{name}.weight": layer for name, layer in layers.items()}
         for name, tensor in pairs:
             layer = waiting.pop(name, None)

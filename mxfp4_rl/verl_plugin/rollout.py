@@ -25,7 +25,7 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
 from mxfp4_rl.noise import AQNSchedule, noise_targets
-from mxfp4_rl.quant import MXFP4Tensor
+from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.settings import Settings
 
 _ACTOR_PREFIX = "mxfp4_hf_server"
@@ -75,7 +75,7 @@ class RolloutModel:
         self.stop_ids, self.pad_id = stop_ids, pad_id
 
     @torch.no_grad()
-    def load(self, weights: dict[str, torch.Tensor | MXFP4Tensor], global_steps: int | None) -> int:
+    def load(self, weights: dict[str, torch.Tensor | QuantizedTensor], global_steps: int | None) -> int:
         """Take the weights of a sync, all or none, and put this step's noise on; returns the bytes that came.
 
         Raises:
@@ -87,7 +87,7 @@ class RolloutModel:
         tied = {n for n, p in plain.items() if any(p is q and n != m and m in weights for m, q in plain.items())}
         missing = (packed.keys() | plain.keys()) - weights.keys() - tied
         unknown = weights.keys() - packed.keys() - plain.keys()
-        mixed = [n for n, w in weights.items() if isinstance(w, MXFP4Tensor) != (n in packed)]
+        mixed = [n for n, w in weights.items() if isinstance(w, QuantizedTensor) != (n in packed)]
         if missing or unknown or mixed:
             raise ValueError(
                 "the actor's weights do not fit the rollout's model: "
@@ -318,7 +318,7 @@ class MXFP4RolloutAdapter(BaseRollout):
         dtype, tied = getattr(torch, self.config.dtype), self.model_config.hf_config.tie_word_embeddings
         shipped = {}
         for name, weight in weights:
-            if isinstance(weight, MXFP4Tensor):
+            if isinstance(weight, QuantizedTensor):
                 shipped[name] = weight.to("cpu")
             elif not (tied and name == "lm_head.weight"):
                 shipped[name] = weight.detach().to("cpu", dtype, copy=True)

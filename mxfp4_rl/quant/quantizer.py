@@ -1,0 +1,130 @@
+"""The quantiser: a tensor and a `QuantRecipe` to codes and scales, or straight to the operand they stand for.
+
+Weights, activations, gradients, the rollout's weights, the monitor and the command line all come here. `quantize` returns the
+codes, `fake_quantize` the operand x_hat; both run the same passes of the recipe's format (`mxfp4.py`, `nvfp4.py`), chunk by
+chunk, and agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mxfp4_rl.quant.elements import encode_e2m1, pack_codes
+from mxfp4_rl.quant.hadamard import rotate_back
+from mxfp4_rl.quant.mxfp4 import MXFP4Quantizer
+from mxfp4_rl.quant.nvfp4 import NVFP4Quantizer
+from mxfp4_rl.quant.passes import Chunk, Rows
+from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axis_back
+from mxfp4_rl.recipe import QuantRecipe
+
+_QUANTIZERS = {"mxfp4": MXFP4Quantizer, "nvfp4": NVFP4Quantizer}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def quantize(
+    x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, backend: str | None = None, seed: int | None = None
+) -> QuantizedTensor:
+    """Quantise `x` along `axis`.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape with at least one axis. float16 and bfloat16 are widened exactly.
+        recipe: defaults to `QuantRecipe()`, plain MXFP4 with the rceil rule.
+        axis: the contraction axis of the product that consumes `x`; it need not be a multiple of the block size.
+        backend: "reference", or None for the best one here.
+        seed: of stochastic rounding, 64 bits; None draws one from PyTorch's default generator.
+
+    Returns:
+        MXFP4Tensor or NVFP4Tensor, by the recipe's format.
+
+    Raises:
+        TypeError: `x` is not one of the floating types above. IndexError: no such axis. ValueError: unknown backend.
+    """
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend={backend!r} is not available here; use 'reference' or None")
+    recipe = recipe or QuantRecipe()
+    rows, axis = _rows(x, recipe, axis)
+    quantizer, chunks = _passes(rows, recipe, seed)
+
+    def store(width, dtype=torch.uint8):
+        return torch.empty(rows.count, width, dtype=dtype, device=x.device)
+
+    passes = [(store(rows.width // 2), store(rows.blocks)) for _ in range(1 + (recipe.fallback_alpha is not None))]
+    macro = store(-(-rows.width // recipe.macro_size), torch.float32) if recipe.macro_block else None
+    for r, chunk in chunks:
+        for (codes, scales), values, code in zip(passes, chunk.values, chunk.codes, strict=True):
+            codes[r] = pack_codes(encode_e2m1(values.view(values.shape[0], -1)))
+            scales[r] = code.to(torch.uint8)
+        if macro is not None:
+            macro[r] = chunk.macro
+
+    def shaped(t):
+        return t.view(*rows.lead, t.shape[-1])
+
+    common = {"shape": x.shape, "axis": axis, "block_size": recipe.block_size, "hadamard": recipe.hadamard}
+    if recipe.format == "nvfp4":
+        ((codes, scales),) = passes
+        return NVFP4Tensor(shaped(codes), shaped(scales), tensor_scale=quantizer.tensor_scale, **common)
+    first, *second = [MXFP4Tensor(shaped(c), shaped(s), **common) for c, s in passes]
+    first.macro_size, first.pre_scale = recipe.macro_size, recipe.pre_scale  # both passes live in the scaled domain
+    if macro is not None:
+        first.macro = shaped(macro)
+    if second:
+        first.residual, first.alpha = second[0], recipe.fallback_alpha
+    return first
+
+
+@torch.no_grad()
+def fake_quantize(
+    x: torch.Tensor,
+    recipe: QuantRecipe | None = None,
+    axis: int = -1,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """`quantize(x, recipe, axis, seed=seed).dequantize(dtype)` to the bit, without building the codes.
+
+    Args and errors as `quantize`; `dtype` defaults to that of `x`. The result has the shape of `x` and no gradient.
+    """
+    recipe = recipe or QuantRecipe()
+    rows, axis = _rows(x, recipe, axis)
+    out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
+    for r, chunk in _passes(rows, recipe, seed)[1]:
+        x_hat = chunk.operand().flatten(-2)
+        if recipe.hadamard:
+            x_hat = rotate_back(x_hat, recipe.hadamard)
+        out[r] = x_hat[:, : rows.length]
+    return axis_back(out, x.shape, axis)
+
+
+def passes(x: torch.Tensor, recipe: QuantRecipe, axis: int, seed: int | None = None) -> Iterator[tuple[torch.Tensor, Chunk]]:
+    """Per chunk the blocks as they were (rotated, if the recipe rotates), float32 (R, blocks, block_size), and their Chunk.
+
+    The tensors are valid until the next chunk. Args and errors as `quantize`.
+    """
+    rows, _ = _rows(x, recipe, axis)
+    yield from _passes(rows, recipe, seed, keep_source=True)[1]
+
+
+def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False):
+    """The tensor's quantiser, and an iterator over (rows or the chunk's source, Chunk)."""
+    if seed is None and recipe.rounding == "stochastic":
+        seed = int(torch.randint(2**63 - 1, ()))
+    quantizer = _QUANTIZERS[recipe.format](recipe, rows, seed)
+
+    def chunks():
+        for r, b in rows.chunks():
+            key = b.x.clone() if keep_source else r
+            yield key, quantizer.chunk(b, r.start * rows.width)
+
+    return quantizer, chunks()
+
+
+def _rows(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> tuple[Rows, int]:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"cannot quantise {x.dtype}; give float32, bfloat16 or float16")
+    if not -x.ndim <= axis < x.ndim:
+        raise IndexError(f"axis={axis} is out of range for a tensor of shape {tuple(x.shape)}")
+    return Rows(x.detach(), axis, recipe), axis % x.ndim
