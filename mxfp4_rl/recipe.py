@@ -25,6 +25,7 @@ MACRO_BLOCKS = (None, "static", "dynamic")
 MACRO_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 HADAMARD_SIZES = (None, 32, 64, 128, 256)
 ROUNDINGS = ("nearest", "stochastic")
+_OF_ONE_FORMAT = ("scale_rule", "block_size", "search_window")
 BACKWARD_OPERANDS = ("ste", "bf16", "mx")
 
 
@@ -298,6 +299,11 @@ class ModelRecipe:
             operands = {n: r and QuantRecipe(**_overridden(r, over, n)) for n, r in operands.items()}
         return dataclasses.replace(self, overrides={}, exclude=(), **operands)
 
+    def in_backward(self, operand: str) -> QuantRecipe | None:
+        """Recipe of "weight" or "activation" in an "mx" backward product: its own, but rotated and rounded as the gradient."""
+        own = getattr(self, operand)
+        return own and dataclasses.replace(own, hadamard=self.grad.hadamard, rounding=self.grad.rounding)
+
     def describe(self) -> str:
         """One line for logs: what each operand gets."""
         named = {"W": self.weight, "A": self.activation, "G": self.grad}
@@ -328,7 +334,7 @@ class ModelRecipe:
         for operand, default in (("weight", {}), ("activation", {}), ("grad", None)):
             given = own.get(operand, default)
             if isinstance(given, Mapping):
-                given = _resolve_hybrid({**shared, **given}, operand)
+                given = _resolve_hybrid({**_for_format(shared, given), **given}, operand)
             if isinstance(given, QuantRecipe) or given is None:
                 own[operand] = given
             elif isinstance(given, Mapping):
@@ -387,10 +393,14 @@ def _resolve_hybrid(values: Mapping[str, Any], operand: str) -> dict[str, Any]:
 
 def _overridden(recipe: QuantRecipe, over: Mapping[str, Any], operand: str) -> dict[str, Any]:
     """The keys of `recipe` with those of `over` on top; another format starts from its own scale rule and block size."""
-    values = dataclasses.asdict(recipe)
-    if over.get("format", recipe.format) != recipe.format:
-        values |= {"scale_rule": None, "block_size": None, "search_window": None}
-    return values | _resolve_hybrid(over, operand)
+    return _for_format(dataclasses.asdict(recipe), over) | _resolve_hybrid(over, operand)
+
+
+def _for_format(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without what belongs to their format alone, if `over` names another one."""
+    values = dict(values)
+    own = values.get("format", "mxfp4")
+    return values if over.get("format", own) == own else {k: v for k, v in values.items() if k not in _OF_ONE_FORMAT}
 
 
 def _parse_word(word: str, format: str) -> dict[str, Any] | None:

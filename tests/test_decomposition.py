@@ -1,12 +1,15 @@
 """The error's parts add up to it, are orthogonal where the theory says so, and give the paper's table."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxfp4_rl import QuantRecipe, decompose
-from mxfp4_rl.quant import ErrorStats, error_stats, fake_quantize
+from mxfp4_rl import QuantRecipe, RecipeError, decompose
+from mxfp4_rl.quant import ErrorStats, error_stats, fake_quantize, partition, precision_sweep, scale_ratios
 from tests.test_quant import RECIPES as ALL_RECIPES
 from tests.test_quant import awkward
 
@@ -98,3 +101,82 @@ def test_awkward_values_stay_finite():
     x = awkward().clamp(-1e37, 1e37)
     for recipe in RECIPES:
         assert decompose(x, recipe).total().isfinite().all()
+
+
+# ---- the split by the actual scale ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES, ids=ids)
+def test_partition_sums_to_the_error_on_disjoint_elements(recipe, dtype):
+    x = (torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) ** 3).to(dtype)
+    parts = partition(x, recipe)
+    error = fake_quantize(x, recipe, dtype=torch.float32).double() - x.double()
+    assert torch.equal(parts.total(), error)
+    first = [parts.deadzone, parts.clipping, parts.grid_noise]
+    assert (sum((part != 0).int() for part in first) <= 1).all()
+    assert sum(error_stats(x, recipe).partition().values()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=ids)
+def test_statistics_are_the_energies_of_the_parts(recipe):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (torch.randn(33, 200, generator=torch.Generator().manual_seed(1)) ** 3).to(dtype)
+        stats, parts, split = error_stats(x, recipe), decompose(x, recipe), partition(x, recipe)
+        for name in ("scale_bias", "deadzone", "grid_noise", "fallback"):
+            assert getattr(stats, name) == pytest.approx(getattr(parts, name).square().sum().item(), rel=1e-5, abs=1e-12), name
+        assert stats.zeroed == pytest.approx(split.deadzone.square().sum().item(), rel=1e-5)
+        assert stats.clipped == pytest.approx(split.clipping.square().sum().item(), rel=1e-5, abs=1e-12)
+        assert stats.error == pytest.approx(parts.total().square().sum().item(), rel=1e-5)
+        assert stats.cross == pytest.approx((parts.scale_bias * parts.grid_noise).sum().item(), rel=1e-4)
+        assert stats.elements == x.numel() and stats.broken == 0
+        first = fake_quantize(x, dataclasses.replace(recipe, fallback_alpha=None, fallback_fraction=None), dtype=torch.float32)
+        assert stats.zero_elements == (first == 0).sum()
+
+
+@pytest.mark.parametrize(
+    "rule, deadzone, grid, clipping",  # Student t with 12 degrees of freedom (spec 2.5 B)
+    [("rceil", 0.089, 0.911, 0.0), ("floor", 0.039, 0.814, 0.147)],
+)
+def test_partition_shares_of_a_rule_that_clips_and_one_that_does_not(rule, deadzone, grid, clipping):
+    torch.manual_seed(0)
+    x = torch.distributions.StudentT(12.0).sample((2048, 1024))
+    shares = error_stats(x, QuantRecipe(scale_rule=rule)).partition()
+    assert shares["deadzone"] == pytest.approx(deadzone, abs=0.006)
+    assert shares["grid_noise"] == pytest.approx(grid, abs=0.006)
+    assert shares["clipping"] == pytest.approx(clipping, abs=0.006)
+
+
+def test_scale_precision_falls_to_the_real_valued_scale():
+    """Ratio to the floor for k = 0..8 mantissa bits on Gaussian data (spec section 11, row 6)."""
+    x = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0)) * torch.exp2(torch.linspace(0, 1, 4096)).unsqueeze(
+        1
+    )
+    errors = precision_sweep(x)
+    floor = errors[None]
+    assert errors[0] == pytest.approx((fake_quantize(x) - x).double().square().sum().item(), rel=1e-5)
+    ratios = [errors[k] / floor for k in range(9)]
+    assert all(a > b for a, b in itertools.pairwise(ratios))
+    for ratio, expected in zip(ratios, (1.333, 1.286, 1.245, 1.085, 1.031, 1.013, 1.006, 1.003, 1.001)):
+        assert ratio == pytest.approx(expected, abs=0.012)
+    x[0, 0] = float("nan")
+    assert precision_sweep(x)[None] == pytest.approx(floor, rel=1e-3)
+
+
+def test_scale_ratios_are_between_zero_and_one_octave_without_clipping():
+    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) * torch.exp2(torch.linspace(0, 1, 512)).unsqueeze(1)
+    delta = scale_ratios(x)
+    assert delta.shape == (512 * 8,) and (delta >= -1e-6).all() and (delta < 1).all()
+    assert delta.double().mean().item() == pytest.approx(error_stats(x).metrics()["delta_mean"], abs=1e-6)
+    assert torch.exp2(delta.double()).mean().item() == pytest.approx(1.4427, abs=0.01)  # 1 / ln 2: the paper's 44 %
+    assert scale_ratios(x, QuantRecipe(scale_rule="floor")).min() < 0
+    assert scale_ratios(torch.zeros(4, 64)).numel() == 0
+
+
+def test_rotated_recipes_have_statistics_but_no_parts():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    recipe = QuantRecipe(hadamard=64)
+    error = (fake_quantize(x, recipe) - x).double().square().sum().item()
+    assert error_stats(x, recipe).error == pytest.approx(error, rel=1e-5)
+    with pytest.raises(RecipeError, match="hadamard=None"):
+        decompose(x, recipe)

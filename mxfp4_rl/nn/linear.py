@@ -6,9 +6,10 @@ With Q_w and Q_a the weight's and the activation's quantise-dequantise (`mxfp4_r
     dgrad     dX = G W'        W' = Q_w(W) "ste" | W "bf16" | Q_w(W) again, along the output features "mx"
     wgrad     dW = G^T X'      X' = Q_a(X) "ste" | X "bf16" | Q_a(X) again, along the tokens "mx"
 
-and G is quantised too, along each product's contraction axis, if the recipe has a `grad`. Gradients pass the rounding
-unchanged: a straight-through estimator, as in arXiv 2605.20402. Quantisation happens outside autograd, so nothing of it is
-recorded, and the weight's operand is made once per optimiser step and kept.
+and G is quantised too, along each product's contraction axis, if the recipe has a `grad`. In an "mx" product W and X
+are rotated (`hadamard`) and rounded as G is: the rotations cancel in it, and with stochastic rounding it stays unbiased.
+Gradients pass the rounding unchanged: a straight-through estimator, as in arXiv 2605.20402. Quantisation happens outside
+autograd, so nothing of it is recorded, and the weight's operand is made once per optimiser step and kept.
 
 `MXFP4Linear` is `nn.Linear` with another forward: converting a layer swaps its class, so parameters, their names, optimiser
 states, FSDP and checkpoints stay as they are.
@@ -61,12 +62,12 @@ class QuantizedMatmul(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             if recipe.dgrad == "mx":
-                w = _operand(w, recipe.weight, axis=0)
+                w = _operand(w, recipe.in_backward("weight"), axis=0)
             dx = _operand(g, recipe.grad, axis=-1) @ w
         if ctx.needs_input_grad[1]:
             tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if recipe.wgrad == "mx":
-                tokens_x = _operand(tokens_x, recipe.activation, axis=0)
+                tokens_x = _operand(tokens_x, recipe.in_backward("activation"), axis=0)
             dw = (_operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)

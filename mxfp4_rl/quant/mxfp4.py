@@ -18,8 +18,6 @@ equals (ScaleSearch, arXiv 2605.12464). Dynamic macro blocks compare squared err
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from mxfp4_rl.quant.blocks import fold_sum, over_groups, over_tiles, per_block
@@ -41,7 +39,7 @@ class MXFP4Quantizer:
         self.tile_rows = recipe.block_size if recipe.tile else 1
         self.threshold = None  # of the masked fallback: blocks with a largest magnitude of at least this
         if recipe.fallback_threshold is not None:
-            self.threshold = math.nextafter(recipe.fallback_threshold, math.inf)
+            self.threshold = torch.nextafter(torch.tensor(recipe.fallback_threshold), torch.tensor(torch.inf)).item()
         elif recipe.fallback_fraction is not None:
             self.threshold = largest_blocks_threshold(rows, recipe.fallback_fraction)
 

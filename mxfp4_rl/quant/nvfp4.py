@@ -27,8 +27,8 @@ from mxfp4_rl.recipe import QuantRecipe
 E4M3_MAX = 448.0
 MIN_CODE, MAX_CODE, NAN_CODE = 1, 126, 127  # 2^-9, 448, NaN
 _TARGET = {"static": E4M3_MAX, "static4": 256.0, "four_over_six": 256.0, "search": E4M3_MAX, "soar": E4M3_MAX}
-# Below 2^-112 the reciprocal of g times the smallest block scale would overflow; above 3e38 rounding up 6 * 448 * g would.
-_SMALLEST_TENSOR_SCALE, _LARGEST_AMAX = 2.0**-112, 3e38
+# Below 2^-112 the reciprocal of g times the smallest block scale would overflow; above 1.9e38 a largest element that rounds up.
+_SMALLEST_TENSOR_SCALE, _LARGEST_AMAX = 2.0**-112, 1.9e38
 
 
 def e4m3_code(values: torch.Tensor) -> torch.Tensor:

@@ -12,21 +12,27 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def random_words(seed: int, start: int, count: int, stream: int = 0, device=None) -> torch.Tensor:
-    """Words start .. start + count - 1 of the stream: int64 (count,) in [0, 2^32).
-
-    Args:
-        seed: 64 bits, the key. start: a multiple of 4. stream: 32 bits, the counter's third word.
-    """
-    offset = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64, device=device)
-    c = [offset & _WORD, offset >> 32, torch.full_like(offset, stream & _WORD), torch.zeros_like(offset)]
-    k = [seed & _WORD, (seed >> 32) & _WORD]
+def philox4x32(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Ten rounds over four words of counter, int64 tensors of one shape in [0, 2^32); returns four such words."""
+    c, k = list(counter), list(key)
     for _ in range(10):
         # int64 wraps like uint64 does, and both 32-bit halves of a wrapped product are read with a mask.
         a, b = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
         c = [((b >> 32) & _WORD) ^ c[1] ^ k[0], b & _WORD, ((a >> 32) & _WORD) ^ c[3] ^ k[1], a & _WORD]
         k = [(k[0] + _WEYL[0]) & _WORD, (k[1] + _WEYL[1]) & _WORD]
-    return torch.stack(c, dim=-1).view(-1)[:count]
+    return c
+
+
+def random_words(seed: int, start: int, count: int, stream: int = 0, device=None) -> torch.Tensor:
+    """Words start .. start + count - 1 of the stream: int64 (count,) in [0, 2^32).
+
+    Args:
+        seed: 64 bits, the key. start: of any alignment. stream: 32 bits, the counter's third word.
+    """
+    offset = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64, device=device)
+    counter = [offset & _WORD, offset >> 32, torch.full_like(offset, stream & _WORD), torch.zeros_like(offset)]
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    return torch.stack(words, dim=-1).view(-1)[start % 4 : start % 4 + count]
 
 
 def uniform(seed: int, start: int, count: int, stream: int = 0, device=None) -> torch.Tensor:
