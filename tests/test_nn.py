@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, RecipeError, convert
 from mxfp4_rl.nn import MXFP4Linear, convert_for_rollout, converted_layers, plan, release_operands, unconvert
+from mxfp4_rl.nn.linear import spaced_rows
 from mxfp4_rl.quant import fake_quantize, quantize
 
 FULL = QuantRecipe(macro_block="static", fallback_alpha=0.5)
@@ -98,6 +99,15 @@ def test_an_mx_product_rotates_and_rounds_both_operands_like_the_gradient():
     # W and X keep FULL's fallback, whose second pass is drawn independently and is unbiased for any alpha.
     assert relative(mean_dx, exact_dx) < 0.03 and relative(mean_dw, exact_dw) < 0.03
     assert relative(draws[0][0].flatten(0, 1), exact_dx) > 0.08
+
+
+def test_measured_rows_are_spread_out_and_keep_tiles_whole():
+    t = torch.arange(200.0).unsqueeze(1).expand(200, 64)
+    assert spaced_rows(t, None, FULL) is t and spaced_rows(t, 200, FULL) is t
+    assert spaced_rows(t, 5, FULL)[:, 0].tolist() == [0, 50, 100, 149, 199]
+    tiled = spaced_rows(t, 70, QuantRecipe(tile=True))[:, 0]
+    assert tiled.tolist() == [*range(32), *range(160, 192)]
+    assert spaced_rows(t[:20], 8, QuantRecipe(tile=True)).shape[0] == 20
 
 
 def test_straight_through_gradients_flow_to_fp32_masters_in_bf16_compute():

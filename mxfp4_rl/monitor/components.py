@@ -35,7 +35,7 @@ def collect_errors(model: nn.Module, max_rows: int | None, dtype: torch.dtype) -
         if layer.recipe.weight is not None:
             weight = layer.weight.detach()
             weight = weight.to_local() if hasattr(weight, "to_local") else weight
-            sums["weight"] = error_stats(spaced_rows(weight, max_rows).to(dtype), layer.recipe.weight)
+            sums["weight"] = error_stats(spaced_rows(weight, max_rows, layer.recipe.weight).to(dtype), layer.recipe.weight)
         errors[name] = sums
     return errors
 

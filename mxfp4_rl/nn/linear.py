@@ -185,15 +185,17 @@ class LayerStats:
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:
         """Measure the error of quantising t (..., features) along its last axis, the first time; not if `recipe` is None."""
         if recipe is not None and operand not in self.sums:
-            self.sums[operand] = error_stats(spaced_rows(t.reshape(-1, t.shape[-1]), self.max_rows), recipe)
+            self.sums[operand] = error_stats(spaced_rows(t.reshape(-1, t.shape[-1]), self.max_rows, recipe), recipe)
 
 
-def spaced_rows(t: torch.Tensor, max_rows: int | None) -> torch.Tensor:
-    """At most `max_rows` evenly spaced rows of t (rows, features); all of them for None."""
-    if max_rows is None or t.shape[0] <= max_rows:
+def spaced_rows(t: torch.Tensor, max_rows: int | None, recipe: QuantRecipe) -> torch.Tensor:
+    """At most `max_rows` evenly spaced rows of t (rows, features), or as many in whole tiles; all of them for None."""
+    unit = recipe.block_size if recipe.tile else 1
+    if max_rows is None or t.shape[0] <= max(max_rows, unit):
         return t
-    index = torch.linspace(0, t.shape[0] - 1, max_rows, device=t.device).round().long()
-    return t.index_select(0, index)
+    groups = t.shape[0] // unit  # of neighbouring rows that share their scales
+    index = torch.linspace(0, groups - 1, max(1, max_rows // unit), device=t.device).round().long() * unit
+    return t.index_select(0, (index.unsqueeze(-1) + torch.arange(unit, device=t.device)).flatten())
 
 
 def _operand(t: torch.Tensor, recipe: QuantRecipe | None, axis: int = -1) -> torch.Tensor:
