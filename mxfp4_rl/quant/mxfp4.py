@@ -25,7 +25,7 @@ from mxfp4_rl.quant.elements import round_e2m1, round_e2m1_stochastic
 from mxfp4_rl.quant.macro_blocks import DYNAMIC_CANDIDATES, static_factor
 from mxfp4_rl.quant.passes import Chunk, Scratch, largest_blocks_threshold
 from mxfp4_rl.quant.philox import uniform
-from mxfp4_rl.quant.scales import MAX_BYTE, MIN_BYTE, NAN_BYTE, exp2_byte, inverse_scale, scale_byte
+from mxfp4_rl.quant.scales import MAX_BYTE, MIN_BYTE, NAN_BYTE, divided, exp2_byte, inverse_scale, scale_byte
 from mxfp4_rl.recipe import QuantRecipe
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -137,7 +137,7 @@ class MXFP4Quantizer:
             if recipe.scale_rule == "search":
                 byte, shift = self._search(t, byte, b)
                 t.mul_(inverse_scale(shift).unsqueeze(-1))
-            worth = exp2_byte((byte - unit + 127).clamp_(1, 254)) / candidate
+            worth = divided(exp2_byte((byte - unit + 127).clamp_(1, 254)), candidate)
             error = over_groups(_squared_error(t, b) * worth.square(), group, "sum")
             better = error < best_error  # False for NaN: such macro blocks keep 1
             best = torch.where(better, candidate, best)

@@ -22,6 +22,7 @@ from mxfp4_rl.quant.blocks import fold_sum, over_tiles
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1, round_e2m1_stochastic
 from mxfp4_rl.quant.passes import Chunk, Rows, Scratch
 from mxfp4_rl.quant.philox import uniform
+from mxfp4_rl.quant.scales import divided
 from mxfp4_rl.recipe import QuantRecipe
 
 E4M3_MAX = 448.0
@@ -46,7 +47,7 @@ def tensor_scale(amax: torch.Tensor, rule: str) -> torch.Tensor:
     """Largest magnitudes of all blocks, float32 (any shape) -> g, float32 (); NaN and Inf blocks do not count."""
     finite = amax[amax.isfinite()]
     largest = finite.amax() if finite.numel() else amax.new_zeros(())
-    return (largest.clamp(max=_LARGEST_AMAX) / (E2M1_MAX * _TARGET[rule])).clamp_(min=_SMALLEST_TENSOR_SCALE)
+    return divided(largest.clamp(max=_LARGEST_AMAX), E2M1_MAX * _TARGET[rule]).clamp_(min=_SMALLEST_TENSOR_SCALE)
 
 
 class NVFP4Quantizer:
@@ -82,7 +83,7 @@ class NVFP4Quantizer:
 
     def _codes(self, b: Scratch, amax: torch.Tensor) -> torch.Tensor:
         rule = self.recipe.scale_rule
-        six = e4m3_code(amax / E2M1_MAX / self.tensor_scale)
+        six = e4m3_code(divided(amax, E2M1_MAX) / self.tensor_scale)
         if rule == "static":
             return six
         four = e4m3_code(amax / 4.0 / self.tensor_scale)

@@ -58,7 +58,12 @@ def scale_byte(amax: torch.Tensor, rule: str | float) -> torch.Tensor:
 def rounded_up_scale(amax: torch.Tensor, mantissa_bits: int) -> torch.Tensor:
     """amax / 6 rounded up to `mantissa_bits` bits, float32: the E8Mk scale of arXiv 2605.20402's Figure 2 (k = 0 is rceil)."""
     mask = (1 << (23 - mantissa_bits)) - 1
-    return (((amax / 6).view(torch.int32) + mask) & ~mask).view(torch.float32)
+    return ((divided(amax, 6.0).view(torch.int32) + mask) & ~mask).view(torch.float32)
+
+
+def divided(t: torch.Tensor, number: float) -> torch.Tensor:
+    """t / number, correctly rounded everywhere. On CUDA PyTorch multiplies by the rounded reciprocal of a Python number."""
+    return t / torch.full((), number, dtype=t.dtype, device=t.device)
 
 
 def exp2_byte(byte: torch.Tensor) -> torch.Tensor:

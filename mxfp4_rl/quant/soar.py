@@ -22,6 +22,7 @@ from mxfp4_rl.quant.blocks import fold_sum
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
 from mxfp4_rl.quant.nvfp4 import MAX_CODE, MIN_CODE, e4m3_code, e4m3_value, tensor_scale
 from mxfp4_rl.quant.passes import Rows
+from mxfp4_rl.quant.scales import divided
 
 DSS_BETAS = tuple(k / 100 for k in range(50, 151))
 MAX_ROUNDS, TOLERANCE = 15, 1e-3
@@ -60,7 +61,7 @@ def optimise(
 ) -> SoarState:
     """Run the iteration on the blocks of `rows`, with largest magnitudes amax, float32 (rows, blocks)."""
     alpha = tensor_scale(amax, "soar")
-    state = SoarState(alpha, e4m3_code(amax / E2M1_MAX / alpha), torch.ones_like(amax))
+    state = SoarState(alpha, e4m3_code(divided(amax, E2M1_MAX) / alpha), torch.ones_like(amax))
     products, squares, error = _measure(rows, state)
     state.errors.append(error)
     for _ in range(max_rounds):

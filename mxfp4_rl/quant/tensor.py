@@ -15,7 +15,7 @@ import torch
 from mxfp4_rl.quant.blocks import per_block
 from mxfp4_rl.quant.elements import decode_packed
 from mxfp4_rl.quant.hadamard import rotate_back
-from mxfp4_rl.quant.scales import exp2_byte
+from mxfp4_rl.quant.scales import divided, exp2_byte
 
 CHUNK = 1 << 17  # elements; three float32 buffers of this size fit two cores' level-2 caches
 
@@ -126,7 +126,7 @@ class MXFP4Tensor(QuantizedTensor):
             factor = per_block(self.macro.view(rows, -1)[r], self.macro_size // self.block_size, x.shape[1])
             x /= (factor * self.pre_scale).unsqueeze(-1)
         elif self.pre_scale != 1:
-            x /= self.pre_scale
+            x = divided(x, self.pre_scale)
         return x
 
 
