@@ -170,6 +170,7 @@ def test_any_length_keeps_shape_and_pads_with_zero_codes(length, seed, recipe):
 def test_finite_input_never_becomes_nan(values, recipe):
     x = torch.tensor([values])
     assert fake_quantize(x, recipe).isfinite().all()
+    assert fake_quantize(torch.cat((x, x.sign() * 3.4e38)), recipe).isfinite().all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,19 +13,19 @@ import torch
 
 from mxfp4_rl.quant.philox import random_words
 
+_LARGEST = 2.0**120  # larger magnitudes saturate: a sum over 256 of them could overflow, and infinities would cancel to NaN
 _SIGN_SEED = 0x6D786670  # every tensor and every operand of a product share the signs
 
 
 def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
     """R x for blocks of `size` along the last axis: float32 (..., n * size) -> float32 of that shape."""
-    signs = _signs(size, x.device)
-    return _hadamard(x.unflatten(-1, (-1, size)) * signs).mul_(1 / math.sqrt(size)).flatten(-2)
+    x = torch.where(x.isinf(), x, x.clamp(-_LARGEST, _LARGEST)).unflatten(-1, (-1, size))
+    return _hadamard(x * (_signs(size, x.device) * (1 / math.sqrt(size)))).flatten(-2)
 
 
 def rotate_back(y: torch.Tensor, size: int) -> torch.Tensor:
     """R^T y, the inverse of `rotate` up to float32 rounding."""
-    signs = _signs(size, y.device)
-    return _hadamard(y.unflatten(-1, (-1, size))).mul_(1 / math.sqrt(size)).mul_(signs).flatten(-2)
+    return _hadamard(y.unflatten(-1, (-1, size)) * (1 / math.sqrt(size))).mul_(_signs(size, y.device)).flatten(-2)
 
 
 def _hadamard(x: torch.Tensor) -> torch.Tensor:
