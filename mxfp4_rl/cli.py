@@ -1,4 +1,4 @@
-"""The command line: `mxfp4-rl train` and `mxfp4-rl report`.
+"""The command line: `mxfp4-rl train`, `mxfp4-rl report` and `mxfp4-rl decompose`.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
 130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
                 raise LaunchError(f"unknown option {unknown[0]}; see mxfp4-rl train --help")
             return _train(options, [*options.overrides, *rest], arguments, child_command)
         if rest:
-            raise LaunchError(f"unexpected argument {rest[0]}; see mxfp4-rl report --help")
+            raise LaunchError(f"unexpected argument {rest[0]}; see mxfp4-rl {options.command} --help")
+        if options.command == "decompose":
+            from mxfp4_rl.analysis import command
+
+            return command.run(options)
         return _report(options)
     except LaunchError as error:
         return _refuse(error, str(error))
@@ -78,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="plots of a run", description="Write a run's report, also while it runs.")
     report.add_argument("run_dir", help="the run's directory")
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
+
+    from mxfp4_rl.analysis.command import add_arguments
+
+    what = "Split a checkpoint's quantisation error into its parts, and measure what each correction repairs."
+    add_arguments(commands.add_parser("decompose", help="what MXFP4 does to a model", description=what, allow_abbrev=False))
     return parser
 
 

@@ -132,6 +132,18 @@ def test_statistics_are_the_energies_of_the_parts(recipe):
         assert stats.elements == x.numel() and stats.broken == 0
         first = fake_quantize(x, dataclasses.replace(recipe, fallback_alpha=None, fallback_fraction=None), dtype=torch.float32)
         assert stats.zero_elements == (first == 0).sum()
+        assert stats.final_zeros == (fake_quantize(x, recipe, dtype=torch.float32) == 0).sum()
+        dead_error = parts.total()[parts.deadzone != 0]
+        assert stats.dead_error == pytest.approx(dead_error.square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-120, -60, 60, 100])
+def test_statistics_of_tiny_and_huge_numbers(shift):
+    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, got = error_stats(x).metrics(), error_stats(x * 2.0**shift).metrics()
+    assert got == pytest.approx(expected, rel=1e-5)
+    sweep = precision_sweep(x * 2.0**shift)
+    assert sweep[0] / sweep[None] == pytest.approx(precision_sweep(x)[0] / precision_sweep(x)[None], rel=1e-5)
 
 
 @pytest.mark.parametrize(

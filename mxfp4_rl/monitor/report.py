@@ -269,7 +269,7 @@ SECTIONS = (
     ),
 )
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff;
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -302,7 +302,7 @@ def _page_html(run: RunLog, other: RunLog | None, body: str) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(run.name)}: run report</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(run.name)}</h1>

@@ -173,9 +173,11 @@ class ErrorStats:
     clipped: float = 0.0  # of the first pass's error where |x| was beyond the grid's end
     first_error: float = 0.0  # of Q1(x) - x
     error: float = 0.0  # of Q(x) - x
+    dead_error: float = 0.0  # of Q(x) - x on the deadzone: what a second pass leaves of it
     product: float = 0.0  # <Q(x), x>
     dead_elements: float = 0.0
     zero_elements: float = 0.0  # of the first pass
+    final_zeros: float = 0.0  # of Q(x)
     elements: float = 0.0
     broken: float = 0.0  # elements of blocks with NaN or Inf: in no other sum
     delta: float = 0.0  # sum over non-zero blocks of log2(s / s*)
@@ -187,17 +189,19 @@ class ErrorStats:
     def metrics(self) -> dict[str, float]:
         """Empty if nothing was added, else:
 
-        scale_bias, deadzone, grid_noise, fallback, rel_mse: energies over that of x; deadzone_fraction, zero_fraction: of the
-        elements that the ideal and the actual first pass make zero; cos_scale_grid, cos_scale_deadzone; delta_mean (octaves);
-        slope: <Q(x), x> / <x, x>.
+        scale_bias, deadzone, grid_noise, fallback, rel_mse, final_deadzone: energies over that of x; deadzone_fraction,
+        zero_fraction, final_zero_fraction: of the elements that the ideal quantiser, the first pass and the final result make
+        zero; cos_scale_grid, cos_scale_deadzone; delta_mean (octaves); slope: <Q(x), x> / <x, x>.
         """
         if not self.energy > 0:
             return {}
         ratios = {n: getattr(self, n) / self.energy for n in ("scale_bias", "deadzone", "grid_noise", "fallback")}
         return ratios | {
             "rel_mse": self.error / self.energy,
+            "final_deadzone": self.dead_error / self.energy,
             "deadzone_fraction": self.dead_elements / self.elements,
             "zero_fraction": self.zero_elements / self.elements,
+            "final_zero_fraction": self.final_zeros / self.elements,
             "cos_scale_grid": self.cross / max((self.scale_bias * self.grid_noise) ** 0.5, 1e-300),
             "cos_scale_deadzone": self.cross_deadzone / max((self.scale_bias * self.deadzone) ** 0.5, 1e-300),
             "delta_mean": self.delta / max(self.blocks, 1),
@@ -224,18 +228,24 @@ def error_stats(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = 
     """
     recipe = recipe or QuantRecipe()
     # float32 decides rightly on which side of a midpoint values of 8 or 11 bits are, but not always those of 24 bits.
-    dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
     length, width = x.shape[axis], None
     sums = ErrorStats()
     for source, chunk in passes(x, recipe, axis, seed):
         width = source.shape[1] * source.shape[2]
-        m = _measure(source, chunk, recipe, dtype)
-        sums += _sums(m, chunk)
+        dtype = torch.float64 if x.dtype == torch.float32 else _arithmetic(source)
+        sums += _sums(_measure(source, chunk, recipe, dtype), chunk)
     if width:  # padding is zero before and after: it counts in no energy, only as elements
         padding = x.numel() // length * (width - length)
-        for name in ("elements", "dead_elements", "zero_elements"):
+        for name in ("elements", "dead_elements", "zero_elements", "final_zeros"):
             setattr(sums, name, getattr(sums, name) - padding)
     return sums
+
+
+def _arithmetic(values: torch.Tensor) -> torch.dtype:
+    """float32, which is twice as fast, unless the squares of the values, NaN and Inf apart, would leave its range."""
+    finite = values.abs().nan_to_num_(nan=0.0, posinf=0.0)
+    largest = finite.max().item() if finite.numel() else 0.0
+    return torch.float32 if largest == 0 or 1e-12 < largest < 1e15 else torch.float64
 
 
 def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
@@ -254,7 +264,7 @@ def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
     def dot(a, b):
         return (a * b).sum(-1).double().sum().item()
 
-    final = m.first if m.final is None else m.final
+    final, final_error = (m.first, first_error) if m.final is None else (m.final, m.final - m.x)
     first_energy = dot(first_error, first_error)
     scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
     delta = torch.log2(scale.double() * E2M1_MAX / m.amax)[m.amax > 0]
@@ -270,10 +280,12 @@ def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
         zeroed=dot(torch.where(m.zero, m.x, 0.0), m.x),
         clipped=dot(torch.where(m.beyond, first_error, 0.0), first_error) if m.beyond.any() else 0.0,
         first_error=first_energy,
-        error=first_energy if m.final is None else dot(final - m.x, final - m.x),
+        error=first_energy if m.final is None else dot(final_error, final_error),
+        dead_error=dot(torch.where(m.dead, final_error, 0.0), final_error),
         product=dot(final, m.x),
         dead_elements=float(m.dead.sum()),
         zero_elements=float(m.zero.sum()),
+        final_zeros=float((final == 0).sum()) - float(broken.sum() * per_block),
         elements=float(m.x.numel() - broken.sum() * per_block),
         broken=float(broken.sum() * per_block),
         delta=delta.sum().item(),
@@ -306,12 +318,13 @@ def precision_sweep(
     for _, b in Rows(x.detach(), axis, QuantRecipe(block_size=block_size)).chunks():
         amax = torch.abs(b.x, out=b.first).amax(-1)
         amax = torch.where(amax.isfinite(), amax, 0)
+        dtype = _arithmetic(amax)
         b.x.masked_fill_((amax == 0).unsqueeze(-1), 0)
         for k in errors:
-            scale = (divided(amax, E2M1_MAX) if k is None else rounded_up_scale(amax, k)).clamp_(min=2.0**-120).unsqueeze(-1)
+            scale = (divided(amax, E2M1_MAX) if k is None else rounded_up_scale(amax, k)).clamp_(min=2.0**-126).unsqueeze(-1)
             torch.mul(b.x, 1 / scale, out=b.second)
             error = round_e2m1(b.second, out=b.first, scratch=b.scratch).mul_(scale).sub_(b.x)
-            errors[k] += error.square_().sum(-1).double().sum().item()
+            errors[k] += error.to(dtype).square_().sum(-1).double().sum().item()
     return errors
 
 
