@@ -49,8 +49,8 @@ class QuantRecipe:
         tile: 2-D blocks: one scale for block_size x block_size elements of the last two axes (the quantised one and the one
             before it), so that a weight quantised once serves the forward and dgrad alike.
         macro_block: macro-block scaling (MBS, mxfp4): one 8-bit mantissa for `macro_size` elements, chosen from the largest
-            magnitude ("static") or by the least squared error of 16 candidates ("dynamic"). None switches it off. In a
-            `ModelRecipe` block also "hybrid": dynamic for weights, static for the others.
+            magnitude ("static") or by the least squared error of 16 candidates ("dynamic"). None switches it off. In
+            `ModelRecipe.from_dict` (a run's configuration) also "hybrid": dynamic for weights, static for the others.
         macro_size: elements of a macro block, a multiple of 32 up to 256.
         fallback_alpha: outlier fallback (OF, mxfp4), x = Q(x) + alpha * Q(x - Q(x)), alpha in (0, 1]. None switches it off.
         fallback_fraction: masked OF: only this fraction of the tensor's blocks, those with the largest magnitudes (and all
@@ -92,6 +92,10 @@ class QuantRecipe:
             object.__setattr__(self, "block_size", BLOCK_SIZES[self.format][0])
         _one_of("block_size", self.block_size, BLOCK_SIZES[self.format], f" (format {self.format})")
         _one_of("tile", self.tile, (False, True))
+        if self.macro_block == "hybrid":
+            raise RecipeError(
+                "macro_block='hybrid' is for a whole model (ModelRecipe.from_dict): give 'dynamic' or 'static' here"
+            )
         _one_of("macro_block", self.macro_block, MACRO_BLOCKS)
         if type(self.macro_size) is not int or self.macro_size not in MACRO_SIZES:
             raise RecipeError(f"macro_size={self.macro_size!r} is not a multiple of 32 up to 256; try {_near(self.macro_size)}")
@@ -128,7 +132,7 @@ class QuantRecipe:
         if window is None:
             return
         if self.scale_rule != "search":
-            raise RecipeError(f"search_window={window!r} needs scale_rule='search', not {self.scale_rule!r}")
+            raise RecipeError(f"search_window={window!r} needs scale_rule='search', not {self.scale_rule!r}; give null")
         ends = list(window) if isinstance(window, list | tuple) else []
         if len(ends) != 2 or not all(isinstance(e, int) and not isinstance(e, bool) for e in ends):
             raise RecipeError(f"search_window={window!r} is not a pair of whole numbers such as {SEARCH_WINDOWS[self.format]}")
@@ -140,11 +144,16 @@ class QuantRecipe:
         if self.fallback_alpha is None:
             for name in ("fallback_fraction", "fallback_threshold"):
                 if getattr(self, name) is not None:
-                    raise RecipeError(f"{name}={getattr(self, name)} masks the outlier fallback: give fallback_alpha too")
+                    raise RecipeError(
+                        f"{name}={getattr(self, name)} masks the outlier fallback: give fallback_alpha too (in a short name, "
+                        "+of), or null"
+                    )
         if self.fallback_fraction is not None and self.fallback_threshold is not None:
             raise RecipeError("fallback_fraction and fallback_threshold are two ways to choose the blocks: give one of them")
         if self.tile and self.macro_block:
             raise RecipeError("tile=true has one scale for several rows, macro_block one factor per row: use one of them")
+        if self.tile and self.hadamard:
+            raise RecipeError("hadamard rotates along one axis, tile=true is to serve both: use one of them")
         if self.tile and self.scale_rule == "soar":
             raise RecipeError("scale_rule='soar' is defined for 1-D blocks; use tile=false or scale_rule='search'")
         if self.format != "mxfp4":
@@ -153,7 +162,7 @@ class QuantRecipe:
             ]
             wrong += ["pre_scale"] if self.pre_scale != 1 else []
             if wrong:
-                raise RecipeError(f"{wrong[0]} corrects E8M0 scales: it needs format='mxfp4', not {self.format!r}")
+                raise RecipeError(f"{wrong[0]} is defined for format='mxfp4' only: leave it out (null) with {self.format!r}")
 
     def _number(self, name: str, valid, problem: str, optional: bool = False):
         value = getattr(self, name)
@@ -168,6 +177,11 @@ class QuantRecipe:
         """The offsets that "search" tries, in order."""
         first, last = self.search_window or SEARCH_WINDOWS[self.format]
         return range(first, last + 1)
+
+    @property
+    def tile_rows(self) -> int:
+        """Neighbouring rows that share their scales."""
+        return self.block_size if self.tile else 1
 
     @property
     def bits_per_element(self) -> float:
@@ -208,7 +222,7 @@ class QuantRecipe:
         Words: a scale rule of the format ("-" may stand for "_") or "c7.25"; "mbs", "mbs32", "mbs-dynamic", "mbs32-dynamic";
         "of", "of1", "of0.5", and "top5%" to mask it; "b16"; "tile"; "prescale"; "sr"; "hadamard64".
         """
-        format, *words = text.strip().lower().split("+")
+        format, *words = (word.strip() for word in text.lower().split("+"))
         _one_of("format", format, FORMATS, f" (in {text!r})")
         given: dict[str, Any] = {"format": format}
         for word in words:
@@ -230,7 +244,7 @@ class QuantRecipe:
         """Build from a mapping, e.g. a config block; an unknown key is an error that names the nearest key."""
         if isinstance(values, QuantRecipe):
             return values
-        return _build(cls, dict(values or {}), where)
+        return _build(cls, plain(values or {}), where)
 
 
 @dataclass(frozen=True)
@@ -415,7 +429,7 @@ def _parse_word(word: str, format: str) -> dict[str, Any] | None:
         return {"scale_rule": float(match[1])}
     if match := re.fullmatch(r"mbs(\d*)(?:-(static|dynamic))?", word):
         return {"macro_block": match[2] or "static"} | ({"macro_size": int(match[1])} if match[1] else {})
-    if match := re.fullmatch(r"of(\d*\.?\d*)", word):
+    if match := re.fullmatch(r"of(\d+\.?\d*|\.\d+)?", word):
         return {"fallback_alpha": float(match[1] or 0.5)}
     if match := re.fullmatch(r"top(\d+\.?\d*)%", word):
         return {"fallback_fraction": float(match[1]) / 100}

@@ -1035,3 +1035,11 @@ def test_every_name_gguf_knows_is_classified_without_a_guess():
     for name in names:
         if re.search(r"norm|embd|gate_inp|conv|router|lerp|bias", name):
             assert name in left_out or name.startswith("blk.0.shortconv"), name
+
+
+def test_float64_weights_are_weights(tmp_path):
+    write_shards(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.randn(4, 64, dtype=torch.float64)})
+    with open_checkpoint(str(tmp_path)) as checkpoint:
+        weights, left_out = linear_weights(checkpoint)
+        assert [w.kind for w in weights] == ["up_proj"] and not left_out
+        assert checkpoint.read(weights[0].info).dtype == torch.float64

@@ -219,6 +219,28 @@ def test_a_value_that_bf16_cannot_hold_is_reported():
     assert not measure_tensor(x, weight_of(x), Plan({"mxfp4": QuantRecipe()}, dtype=torch.float32)).broken
 
 
+@pytest.mark.parametrize("value", [6.0, 65504.0])
+def test_a_model_without_any_error_is_drawn_too(tmp_path, value):
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.full((64, 64), value)}
+    code, data = measured(write_model(tmp_path / "m", tensors), "--dtype", "float32")
+    assert code == 0 and data["total"]["recipes"]["mxfp4"]["rel_mse"] in (0.0, pytest.approx(2.4e-7, rel=0.1))
+
+
+def test_a_weight_of_zeros_is_named_and_kept_out_of_the_totals(tmp_path, capsys):
+    tensors = make_tensors(layers=2)
+    tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
+    code, data = measured(write_model(tmp_path / "m", tensors))
+    assert code == 0 and data["broken"] == ["model.layers.1.self_attn.v_proj"]
+    assert re.search(r"layers\.1\.self_attn\.v_proj\s+\S+\s+0\s+0\s+yes\s+NOT in the totals", capsys.readouterr().out)
+    sound = sum((error_stats(x) for n, x in linears(tensors).items() if n not in data["broken"]), ErrorStats())
+    check_recipe(data["total"]["recipes"]["mxfp4"], sound)
+
+
+def test_a_recipe_named_twice_is_refused():
+    with pytest.raises(LaunchError, match=r"'mxfp4' and 'MXFP4\+rceil'"):
+        command.parse_recipes("mxfp4,nvfp4,MXFP4+rceil")
+
+
 def test_finite_values_whose_squares_overflow_are_measured(tmp_path):
     tensors = make_tensors(layers=2)
     tensors["model.layers.0.mlp.up_proj.weight"] *= 2.0**100
@@ -264,11 +286,12 @@ def test_a_model_with_nothing_but_nan_gives_the_rows_and_fails(tmp_path, capsys)
     assert json.loads(Path("out/decompose.json").read_text())["total"]["elements"] == 0
 
 
-def test_weights_of_zero_have_no_ratios(tmp_path, capsys):
+def test_a_model_of_zeros_is_named_weight_by_weight(tmp_path, capsys):
     tensors = {name: torch.zeros_like(t) for name, t in make_tensors(layers=1).items()}
     code, data = measured(write_model(tmp_path / "zeros", tensors))
-    assert code == 0 and "n/a" in capsys.readouterr().out
-    assert "rel_mse" not in data["total"]["recipes"]["mxfp4"] and data["total"]["delta"]["mean"] is None
+    shown = capsys.readouterr()
+    assert code == 1 and "nothing but zeros" in shown.err and all(name in shown.out for name in linears(tensors))
+    assert data["total"]["elements"] == 0 and all(t["all_zero"] for t in data["tensors"])
 
 
 # --- what is shown and written

@@ -101,6 +101,16 @@ def test_an_mx_product_rotates_and_rounds_both_operands_like_the_gradient():
     assert relative(draws[0][0].flatten(0, 1), exact_dx) > 0.08
 
 
+def test_an_inference_pass_leaves_nothing_that_breaks_training():
+    layer = nn.Sequential(nn.Linear(64, 64))
+    convert(layer, ModelRecipe())
+    x = torch.randn(4, 64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer[0].weight.grad is not None
+
+
 def test_measured_rows_are_spread_out_and_keep_tiles_whole():
     t = torch.arange(200.0).unsqueeze(1).expand(200, 64)
     assert spaced_rows(t, None, FULL) is t and spaced_rows(t, 200, FULL) is t

@@ -36,7 +36,6 @@ from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, nvfp4_quantize, per_tensor_amax_to_scale
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-import mxfp4_rl.recipe
 from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.quant.elements import decode_packed, encode_e2m1, round_e2m1, unpack_codes
 from mxfp4_rl.quant.scales import MAX_BYTE, MIN_BYTE, exp2_byte
@@ -424,7 +423,6 @@ def test_torchao_reads_what_we_write(kind, tally):
 
 # NVFP4
 
-nvfp4 = pytest.mark.skipif("nvfp4" not in getattr(mxfp4_rl.recipe, "FORMATS", ()), reason="this build has no NVFP4")
 # One scale for the whole tensor: kinds that spread over hundreds of octaves would be all zeros but for a few blocks.
 nvfp4_kinds = pytest.mark.parametrize("kind", ["normal", "bf16", "zeros", "signs", "levels", "bf16_levels"])
 SMALLEST_NORMAL = 8  # E4M3 bits of 2^-6, torchao's smallest block scale
@@ -456,7 +454,6 @@ def near(values, points, ulps):
     return gap <= ulps * 2.0**-24 * values.abs()
 
 
-@nvfp4
 @nvfp4_kinds
 def test_nvfp4_torchao(kind, tally):
     """Same g, scales and codes; a block scale below 2^-6 is 2^-6 in torchao, and those blocks differ in nothing else."""
@@ -475,7 +472,6 @@ def test_nvfp4_torchao(kind, tally):
     assert small.any() == (kind in ("zeros", "levels", "bf16_levels"))
 
 
-@nvfp4
 @nvfp4_kinds
 def test_nvfp4_torchao_dequantiser(kind, tally):
     x = nvfp4_data(kind)
@@ -491,7 +487,6 @@ NVFP4_ARGS = QuantizationArgs(
 )
 
 
-@nvfp4
 @nvfp4_kinds
 def test_nvfp4_compressed_tensors(kind, tally):
     """It rounds 2688 / amax where we round amax / 2688, then multiplies where we divide: scales and codes part only where
@@ -521,7 +516,6 @@ def test_nvfp4_compressed_tensors(kind, tally):
     tally.add("compressed-tensors nvfp4", kind, compared.sum(), byte.numel(), 0, counts)
 
 
-@nvfp4
 def test_nvfp4_scale_is_the_nearest_e4m3_of_the_exact_ratio():
     """Against rational arithmetic: E4M3's nearest to amax / 6 / g, unless float32 roundings of that reach a midpoint."""
     grid = [Fraction(v) for v in torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).tolist()]

@@ -28,6 +28,7 @@ BASIC = [
     QuantRecipe(macro_block="dynamic", fallback_alpha=1.0),
     QuantRecipe(scale_rule="search"),
     QuantRecipe(scale_rule="search", macro_block="dynamic", macro_size=256),
+    QuantRecipe(scale_rule="search", macro_block="static", fallback_alpha=0.5),
 ]
 RECIPES = [
     *BASIC,
@@ -36,6 +37,8 @@ RECIPES = [
     QuantRecipe(pre_scale=0.75, macro_block="static", fallback_alpha=0.5),
     QuantRecipe(hadamard=64),
     QuantRecipe(tile=True, fallback_alpha=0.5),
+    QuantRecipe(scale_rule="search", tile=True, fallback_alpha=1.0),
+    QuantRecipe(block_size=16, macro_block="dynamic", macro_size=32, fallback_alpha=0.5),
     QuantRecipe(format="nvfp4"),
     QuantRecipe(format="nvfp4", scale_rule="four_over_six", tile=True),
     QuantRecipe(format="nvfp4", scale_rule="search", hadamard=32),
@@ -173,6 +176,15 @@ def test_finite_input_never_becomes_nan(values, recipe):
     assert fake_quantize(torch.cat((x, x.sign() * 3.4e38)), recipe).isfinite().all()
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=ids)
+def test_float16_stays_finite_at_the_end_of_its_range(recipe):
+    x = torch.linspace(-65504, 65504, 4 * 256).view(4, 256).half()
+    x[0] = 65504
+    out = fake_quantize(x, recipe)
+    assert out.dtype == torch.float16 and out.isfinite().all()
+    assert torch.equal(quantize(x, recipe).dequantize(torch.float16), out)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(-60, 60), st.integers(0, 2**31), st.sampled_from(RECIPES))
 def test_powers_of_two_and_signs_commute(shift, seed, recipe):
@@ -215,6 +227,10 @@ def test_nan_and_inf_mark_their_block_and_no_other(recipe, bad):
     broken[33 // rows * rows : (33 // rows + 1) * rows, 40 // columns * columns : (40 // columns + 1) * columns] = True
     assert torch.equal(out.isnan(), broken) and out[~broken].isfinite().all()
     assert torch.equal(fake_quantize(x, recipe).isnan(), broken)
+    without = x.clone()
+    without[broken] = 0
+    if recipe.fallback_fraction is None:  # the count of blocks, and so the mask, is the tensor's
+        assert torch.equal(out[~broken], fake_quantize(without, recipe)[~broken]), "a broken block touches no other"
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -251,7 +267,11 @@ def test_fallback_error_follows_the_formula():
 
 
 def test_empty_tensors_and_bad_arguments():
-    assert quantize(torch.empty(0, 64)).dequantize().shape == (0, 64)
+    for text in ("mxfp4", "mxfp4+mbs+of", "mxfp4+hadamard32", "mxfp4+tile", "nvfp4"):
+        for shape in ((0, 64), (3, 0), (0,), (2, 0, 5)):
+            recipe = QuantRecipe.parse(text)
+            assert quantize(torch.empty(shape), recipe).dequantize().shape == shape
+            assert fake_quantize(torch.empty(shape), recipe, axis=0).shape == shape
     assert fake_quantize(torch.empty(3, 0)).shape == (3, 0)
     with pytest.raises(TypeError, match="int32"):
         quantize(torch.zeros(4, dtype=torch.int32))

@@ -41,9 +41,11 @@ from mxfp4_rl.settings import Settings
         ({"hadamard": 48}, "hadamard=48 is not one of null, 32"),
         ({"tile": 1}, "tile=1 is not one of False, True"),
         ({"tile": True, "macro_block": "static"}, "use one of them"),
+        ({"tile": True, "hadamard": 32}, "use one of them"),
+        ({"macro_block": "hybrid"}, "give 'dynamic' or 'static' here"),
         ({"tile": True, "format": "nvfp4", "scale_rule": "soar"}, "defined for 1-D blocks"),
-        ({"format": "nvfp4", "macro_block": "static"}, "macro_block corrects E8M0 scales"),
-        ({"format": "nvfp4", "fallback_alpha": 0.5}, "fallback_alpha corrects E8M0 scales"),
+        ({"format": "nvfp4", "macro_block": "static"}, "macro_block is defined for format='mxfp4' only"),
+        ({"format": "nvfp4", "fallback_alpha": 0.5}, "fallback_alpha is defined for format='mxfp4' only"),
     ],
 )
 def test_wrong_values_are_named(values, message):
@@ -134,6 +136,7 @@ def test_the_shipped_configuration_is_valid_and_off_by_default_elsewhere():
         ("mxfp4+search+tile+prescale", QuantRecipe(scale_rule="search", tile=True, pre_scale=0.75)),
         ("mxfp4+sr+hadamard64", QuantRecipe(rounding="stochastic", hadamard=64)),
         ("nvfp4+four-over-six", QuantRecipe(format="nvfp4", scale_rule="four_over_six")),
+        (" mxfp4 + of.5 ", QuantRecipe(fallback_alpha=0.5)),
         ("nvfp4+4over6", QuantRecipe(format="nvfp4", scale_rule="four_over_six")),
     ],
 )
@@ -149,7 +152,9 @@ def test_short_names(text, expected):
         ("mxfp4+static", "'static' in"),
         ("mxfp4+oas+floor", "'floor' in 'mxfp4.oas.floor' sets scale_rule a second time"),
         ("mxfp4+mbs100", "macro_size=100"),
-        ("nvfp4+mbs", "needs format='mxfp4'"),
+        ("nvfp4+mbs", "macro_block is defined for format='mxfp4' only"),
+        ("mxfp4+of.", "'of.' in"),
+        ("mxfp4+top5%", r"in a short name, \+of"),
         ("", "format=''"),
         ("mxfp4+", "'' in"),
     ],
@@ -180,7 +185,7 @@ def test_an_override_may_change_the_format():
 def test_an_operand_of_another_format_starts_from_its_own_scale_rule():
     recipe = ModelRecipe.from_dict({"scale_rule": "oas", "grad": {"format": "nvfp4"}, "activation": {"format": "mxfp4"}})
     assert recipe.grad == QuantRecipe(format="nvfp4") and recipe.activation.scale_rule == "oas"
-    with pytest.raises(RecipeError, match=r"recipe.grad: macro_block corrects E8M0 scales"):
+    with pytest.raises(RecipeError, match=r"recipe.grad: macro_block is defined for"):
         ModelRecipe.from_dict({"macro_block": "static", "grad": {"format": "nvfp4"}})
 
 

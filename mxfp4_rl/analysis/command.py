@@ -1,7 +1,7 @@
 """`mxfp4-rl decompose MODEL`: what MXFP4 does to a model's weights, and what each correction repairs.
 
 Everything that can be wrong with the arguments is told before a weight is read; files are written at the very end, all or
-none, so Ctrl-C leaves no half of them. Exit codes: 0 done; 1 nothing could be measured (every weight holds NaN or infinity);
+none, so Ctrl-C leaves no half of them. Exit codes: 0 done; 1 nothing could be measured;
 2 a mistake in the arguments or a checkpoint that cannot be read; 130 Ctrl-C.
 """
 
@@ -168,7 +168,7 @@ def _run(options: argparse.Namespace, pressed: list[int]) -> int:
     beside = ", ".join(name for name in rendered if name != PAGE_FILE)
     print(f"how to read all this: {out / PAGE_FILE}\nbeside it: {beside}", file=sys.stderr if options.json else sys.stdout)
     if not results.measured:
-        print("mxfp4-rl: every weight holds NaN or infinity: there is nothing to measure", file=sys.stderr)
+        print("mxfp4-rl: every weight holds NaN, infinity or nothing but zeros: there is nothing to measure", file=sys.stderr)
         return 1
     return 0
 
@@ -183,9 +183,14 @@ def parse_recipes(text: str) -> dict[str, QuantRecipe]:
     if not all(names):
         raise LaunchError(f"--compare {text!r} has an empty name between its commas; try {DEFAULT_RECIPES}")
     try:
-        return {name: QuantRecipe.parse(name) for name in names}
+        recipes = {name: QuantRecipe.parse(name) for name in names}
     except RecipeError as error:
         raise LaunchError(f"--compare: {error}") from error
+    for i, name in enumerate(names):
+        twin = next((other for other in names[:i] if recipes[other] == recipes[name]), None)
+        if twin:
+            raise LaunchError(f"--compare names one recipe twice: {twin!r} and {name!r}; leave one of them out")
+    return recipes
 
 
 def _resolve(model: str) -> tuple[str, str]:

@@ -104,10 +104,11 @@ def draw_scale_precision(results: Results) -> Figure | None:
         color=_DARK,
     )
     # A grid of tenths of the floor reads as "how much of the error better scales could save".
-    ratio = curve.secondary_yaxis("right", functions=(lambda v: v / floor, lambda r: r * floor))
-    ratio.set_ylabel("relative MSE / floor", fontsize=9)
-    ratio.tick_params(labelsize=9, length=3, color=_GREY)
-    ratio.spines["right"].set_color(_GREY)
+    if floor > 0:
+        ratio = curve.secondary_yaxis("right", functions=(lambda v: v / floor, lambda r: r * floor))
+        ratio.set_ylabel("relative MSE / floor", fontsize=9)
+        ratio.tick_params(labelsize=9, length=3, color=_GREY)
+        ratio.spines["right"].set_color(_GREY)
 
     _style(bars, "x")
     names = list(recipes)

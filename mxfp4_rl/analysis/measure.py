@@ -122,17 +122,19 @@ class TensorErrors:
 
     Attributes:
         nan, inf: how many of its elements are NaN or infinite in the measured dtype. A tensor with any is not measured.
+        all_zero: it holds nothing but zeros, which have no error to measure.
     """
 
     weight: LinearWeight
     errors: Errors = field(default_factory=Errors)
     nan: int = 0
     inf: int = 0
+    all_zero: bool = False
 
     @property
     def broken(self) -> bool:
         """It is in no total."""
-        return self.nan + self.inf > 0
+        return self.nan + self.inf > 0 or self.all_zero
 
 
 def measure_checkpoint(
@@ -156,8 +158,10 @@ def measure_tensor(
     """
     result = TensorErrors(weight)
     matrices = _matrices(tensor, weight.axis)
+    result.all_zero = True
     for chunk in (chunk for matrix in matrices for chunk in _row_chunks(matrix)):
         chunk = chunk.to(plan.dtype)
+        result.all_zero &= not chunk.any()
         if not chunk.isfinite().all():
             result.nan += int(chunk.isnan().sum())
             result.inf += int(chunk.isinf().sum())
@@ -195,11 +199,12 @@ def _measure_matrix(matrix: torch.Tensor, plan: Plan) -> Iterator[Errors]:
     whole = [name for name, recipe in plan.recipes.items() if looks_at_whole_matrix(recipe)]
     if whole:
         yield _measure_piece(matrix.to(plan.dtype).contiguous(), plan, whole)
+    base = plan.recipes[plan.base]
     by_chunk = [name for name in plan.recipes if name not in whole]
     for chunk in _row_chunks(matrix):
         chunk = chunk.to(plan.dtype).contiguous()
         errors = _measure_piece(chunk, plan, by_chunk)
-        errors.elements, errors.sweep = chunk.numel(), precision_sweep(chunk, bits=SWEEP_BITS)
+        errors.elements, errors.sweep = chunk.numel(), precision_sweep(chunk, bits=SWEEP_BITS, block_size=base.block_size)
         yield errors
 
 
@@ -209,7 +214,7 @@ def _measure_piece(piece: torch.Tensor, plan: Plan, names: list[str]) -> Errors:
         recipe = plan.recipes[name]
         errors.stats[name] = error_stats(piece, recipe, seed=_SEED)
     if plan.base in names:
-        errors.delta = DeltaSums.of(scale_ratios(piece, plan.recipes[plan.base]))
+        errors.delta = DeltaSums.of(scale_ratios(piece, plan.recipes[plan.base], seed=_SEED))
     return errors
 
 

@@ -136,6 +136,7 @@ def to_csv(results: Results) -> str:
             "elements": tensor.errors.elements,
             "nan": tensor.nan,
             "inf": tensor.inf,
+            "all_zero": tensor.all_zero,
         }
         for name, recipe in results.recipes.items() if not tensor.broken else ():
             numbers = _stats_dict(tensor.errors, name)
@@ -166,6 +167,7 @@ def _tensor_dict(tensor: TensorErrors, base: str) -> dict[str, Any]:
         "axis": weight.axis,
         "nan": tensor.nan,
         "inf": tensor.inf,
+        "all_zero": tensor.all_zero,
     }
     return about | ({} if tensor.broken else _errors_dict(tensor.errors, base))
 

@@ -53,7 +53,7 @@ def lead(results: Results) -> str:
         text += f", at most {results.plan.rows} evenly spaced rows of each tensor"
     text += "."
     if broken:
-        text += f" {broken} more hold NaN or infinity and are NOT in the totals."
+        text += f" {broken} more hold NaN, infinity or nothing but zeros, and are NOT in the totals."
     if results.note:
         text += f" {results.note[0].upper()}{results.note[1:].rstrip('.')}."
     return text

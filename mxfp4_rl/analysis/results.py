@@ -52,7 +52,7 @@ class Results:
 
     @property
     def broken(self) -> list[TensorErrors]:
-        """Weights with NaN or infinite elements: in no total."""
+        """Weights with NaN or infinite elements, or all zero: in no total."""
         return [tensor for tensor in self.tensors if tensor.broken]
 
     @cached_property

@@ -153,14 +153,17 @@ def worst_table(results: Results) -> Table:
 
 
 def broken_table(results: Results) -> Table:
-    """Weights with NaN or infinite elements."""
-    rows = [[t.weight.name, _shape(t), f"{t.nan:,}", f"{t.inf:,}", "NOT in the totals"] for t in results.broken]
+    """Weights with NaN or infinite elements, or with nothing but zeros."""
+    rows = [
+        [t.weight.name, _shape(t), f"{t.nan:,}", f"{t.inf:,}", "yes" if t.all_zero else "", "NOT in the totals"]
+        for t in results.broken
+    ]
     return Table(
-        "Weights with NaN or infinite elements",
-        ["layer", "shape", "NaN", "Inf", "measured"],
+        "Weights that cannot be measured",
+        ["layer", "shape", "NaN", "Inf", "all zero", "measured"],
         rows,
-        "No recipe can quantise these, so they are NOT in the totals above. Find out where the checkpoint broke before you "
-        "train from it.",
+        "NaN and infinity cannot be quantised, and zeros have no error: these are NOT in the totals above. Find out where the "
+        "checkpoint broke before you train from it.",
         labels=2,
     )
 

@@ -173,7 +173,7 @@ class _SafetensorsRule:
             return "MXFP4"
         if info.dtype.startswith("F8"):
             return "FP8"
-        if info.dtype.startswith(("F4", "F6")):
+        if info.dtype.startswith(("F4_", "F6_")):
             return self.method or info.dtype
         # Position ids, masks and counters are integers too, but no matrices of weights.
         if info.dtype in ("U8", "I8", "I32") and len(info.shape) >= 2 and info.name.endswith((".weight", "_proj")):

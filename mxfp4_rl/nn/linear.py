@@ -183,14 +183,17 @@ class LayerStats:
 
     @torch.no_grad()
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:
-        """Measure the error of quantising t (..., features) along its last axis, the first time; not if `recipe` is None."""
+        """Measure the error of quantising t (..., features) along its last axis, the first time; not if `recipe` is None.
+
+        Stochastic rounding has a seed of its own here: measuring does not touch the run's random numbers.
+        """
         if recipe is not None and operand not in self.sums:
-            self.sums[operand] = error_stats(spaced_rows(t.reshape(-1, t.shape[-1]), self.max_rows, recipe), recipe)
+            self.sums[operand] = error_stats(spaced_rows(t.reshape(-1, t.shape[-1]), self.max_rows, recipe), recipe, seed=0)
 
 
 def spaced_rows(t: torch.Tensor, max_rows: int | None, recipe: QuantRecipe) -> torch.Tensor:
     """At most `max_rows` evenly spaced rows of t (rows, features), or as many in whole tiles; all of them for None."""
-    unit = recipe.block_size if recipe.tile else 1
+    unit = recipe.tile_rows
     if max_rows is None or t.shape[0] <= max(max_rows, unit):
         return t
     groups = t.shape[0] // unit  # of neighbouring rows that share their scales
@@ -220,9 +223,10 @@ class _LastInput:
             return x
         key = (recipe, x._version) if not x.is_inference() else None
         if key is None or self.source() is not x or self.key != key:
-            operand = fake_quantize(x.detach(), recipe)
             if key is None:
-                return operand
+                return fake_quantize(x.detach(), recipe)
+            with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
+                operand = fake_quantize(x.detach(), recipe)
             self.source, self.key, self.operand = weakref.ref(x, self._forget), key, operand
         return self.operand
 

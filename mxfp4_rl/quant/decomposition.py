@@ -8,8 +8,8 @@ D = {Q*(x) = 0} is the deadzone. The first pass's error telescopes exactly:
                +  (Q*(x) - x) off D             grid noise: the grid has eight magnitudes
     Q(x) - Q1(x)  =  alpha * q2 / f             fallback:   what the outlier fallback adds back (0 without it)
 
-Where s >= s* (rules rceil and ceil) the deadzone part is orthogonal to the other two, element by element. Scale bias and
-grid noise overlap (their cosine is about -0.66 on weights), so the three energies do not add up to the error's.
+Where s >= s* (rules rceil and ceil, rounding to nearest) the deadzone part is orthogonal to the other two, element by element.
+Scale bias and grid noise overlap (their cosine is about -0.66 on weights), so the three energies do not add up to the error's.
 
 `partition` splits the same error by the scale that was used, for any rule: elements that became zero, elements beyond the
 grid's end (which clipped), and the rest. These parts live on disjoint elements, so their energies do add up.
@@ -25,8 +25,9 @@ import torch
 
 from mxfp4_rl.quant.blocks import over_tiles
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
-from mxfp4_rl.quant.passes import Chunk, Rows
-from mxfp4_rl.quant.quantizer import fake_quantize, passes
+from mxfp4_rl.quant.hadamard import rotate_back
+from mxfp4_rl.quant.passes import Chunk
+from mxfp4_rl.quant.quantizer import fake_quantize, passes, rows_of
 from mxfp4_rl.quant.scales import divided, rounded_up_scale
 from mxfp4_rl.quant.tensor import axis_back
 from mxfp4_rl.recipe import QuantRecipe, RecipeError
@@ -36,7 +37,7 @@ from mxfp4_rl.recipe import QuantRecipe, RecipeError
 class ErrorParts:
     """The four parts of Q(x) - x, float64, each of the shape of x; their sum is Q(x) - x exactly for float32 x.
 
-    A block with NaN or Inf is NaN in every part but none of the others is touched.
+    A block with NaN or Inf is NaN in every part; no other block is touched.
     """
 
     scale_bias: torch.Tensor
@@ -73,34 +74,30 @@ def decompose(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1
 
     Args and errors as `quantize`; RecipeError for a recipe that rotates, whose parts live in the rotated tensor.
     """
-    parts, _ = _both(x, recipe, axis, seed)
-    return parts
+    return ErrorParts(*_collect(_parts, x, recipe, axis, seed))
 
 
 def partition(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorPartition:
     """Split the error of quantising `x` by what became of each element. Args and errors as `decompose`."""
-    _, parts = _both(x, recipe, axis, seed)
-    return parts
+    return ErrorPartition(*_collect(_partition, x, recipe, axis, seed))
 
 
-def _both(x, recipe, axis, seed) -> tuple[ErrorParts, ErrorPartition]:
+def _collect(split, x, recipe, axis, seed) -> list[torch.Tensor]:
+    """What `split` gives for every chunk, put together: four float64 tensors of the shape of x."""
     recipe = recipe or QuantRecipe()
     if recipe.hadamard:
         raise RecipeError(
             "the parts of a rotated tensor's error live in the rotated tensor: rotate it, and decompose with hadamard=None"
         )
-    rows = Rows(x, axis, recipe)
-    outs = [torch.empty(rows.count, rows.length, dtype=torch.float64, device=x.device) for _ in range(7)]
+    rows, chunks = passes(x, recipe, axis, seed)
+    outs = [torch.empty(rows.count, rows.length, dtype=torch.float64, device=x.device) for _ in range(4)]
     done = 0
-    for source, chunk in passes(x, recipe, axis, seed):
+    for source, chunk in chunks:
         count = source.shape[0]
-        measured = _measure(source, chunk, recipe, torch.float64)
-        for out, values in zip(outs, _split(measured)):
+        for out, values in zip(outs, split(_measure(source, chunk, recipe, torch.float64))):
             out[done : done + count] = values.flatten(-2)[:, : rows.length]
         done += count
-    outs = [axis_back(out, x.shape, axis % x.ndim) for out in outs]
-    scale_bias, deadzone, grid_noise, fallback, zeroed, clipping, rest = outs
-    return ErrorParts(scale_bias, deadzone, grid_noise, fallback), ErrorPartition(zeroed, clipping, rest, fallback)
+    return [axis_back(out, x.shape, axis % x.ndim) for out in outs]
 
 
 @dataclass
@@ -119,13 +116,13 @@ class _Measured:
 
 def _measure(x: torch.Tensor, chunk: Chunk, recipe: QuantRecipe, dtype: torch.dtype) -> _Measured:
     """`x` is float32; `dtype` is that of the ideal quantiser's arithmetic and of the results. The chunk is used up."""
-    scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
+    scale = chunk.block_scales()
     zero = chunk.values[0] == 0
     first_only = dataclasses.replace(chunk, values=[chunk.values[0].clone()], scales=chunk.scales[:1])
     first = first_only.operand()
     final = chunk.operand() if len(chunk.values) > 1 else None
     magnitude = x.abs()
-    amax = over_tiles(magnitude.amax(-1), recipe.block_size if recipe.tile else 1, "amax").unsqueeze(-1)
+    amax = over_tiles(magnitude.amax(-1), recipe.tile_rows, "amax").unsqueeze(-1)
     beyond = magnitude > (E2M1_MAX * scale).unsqueeze(-1)
     x, amax = x.to(dtype), amax.to(dtype)
     on_grid = round_e2m1(torch.where(amax > 0, x * E2M1_MAX / amax, x))
@@ -143,19 +140,30 @@ def _measure(x: torch.Tensor, chunk: Chunk, recipe: QuantRecipe, dtype: torch.dt
     )
 
 
-def _split(m: _Measured) -> Iterable[torch.Tensor]:
-    """scale bias, deadzone, grid noise, fallback; then by element: zeroed, clipped, the rest."""
-    remainder = m.ideal - m.x
-    first_error = m.first - m.x
-    broken = ~first_error.isfinite()
-    zero, beyond = m.zero | broken, m.beyond | broken  # so that a broken block is NaN in every part
-    yield m.first - m.ideal
-    yield torch.where(m.dead | broken, remainder, 0.0)
-    yield torch.where(m.dead & ~broken, 0.0, remainder)
-    yield m.first - m.first if m.final is None else m.final - m.first
-    yield torch.where(zero, first_error, 0.0)
-    yield torch.where(beyond, first_error, 0.0)
-    yield torch.where((zero | beyond) & ~broken, 0.0, first_error)
+def _parts(m: _Measured) -> tuple[torch.Tensor, ...]:
+    """scale bias, deadzone, grid noise, fallback."""
+    remainder, broken = m.ideal - m.x, ~m.first.isfinite()  # a broken block is NaN in every part
+    return (
+        m.first - m.ideal,
+        torch.where(m.dead | broken, remainder, 0.0),
+        torch.where(m.dead & ~broken, 0.0, remainder),
+        _fallback(m),
+    )
+
+
+def _partition(m: _Measured) -> tuple[torch.Tensor, ...]:
+    """deadzone, clipping, grid noise, fallback."""
+    error, broken = m.first - m.x, ~m.first.isfinite()
+    return (
+        torch.where(m.zero | broken, error, 0.0),
+        torch.where(m.beyond | broken, error, 0.0),
+        torch.where((m.zero | m.beyond) & ~broken, 0.0, error),
+        _fallback(m),
+    )
+
+
+def _fallback(m: _Measured) -> torch.Tensor:
+    return m.first - m.first if m.final is None else m.final - m.first
 
 
 @dataclass
@@ -224,21 +232,29 @@ class ErrorStats:
 def error_stats(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorStats:
     """Energies of the error parts of `x`, pooled over its finite blocks. Args and errors as `quantize`.
 
-    For a recipe that rotates, of the rotated tensor, whose error has the same energy.
+    For a recipe that rotates the parts and the counts are those of the rotated tensor, padded to whole rotations; `error` and
+    `product` are of what comes back.
     """
     recipe = recipe or QuantRecipe()
-    # float32 decides rightly on which side of a midpoint values of 8 or 11 bits are, but not always those of 24 bits.
-    length, width = x.shape[axis], None
+    rows, chunks = passes(x, recipe, axis, seed)
+    counted = torch.arange(rows.width, device=x.device).view(rows.blocks, -1) < (rows.width if recipe.hadamard else rows.length)
     sums = ErrorStats()
-    for source, chunk in passes(x, recipe, axis, seed):
-        width = source.shape[1] * source.shape[2]
+    for source, chunk in chunks:
+        # float32 decides rightly on which side of a midpoint values of 8 or 11 bits are, but not always those of 24 bits.
         dtype = torch.float64 if x.dtype == torch.float32 else _arithmetic(source)
-        sums += _sums(_measure(source, chunk, recipe, dtype), chunk)
-    if width:  # padding is zero before and after: it counts in no energy, only as elements
-        padding = x.numel() // length * (width - length)
-        for name in ("elements", "dead_elements", "zero_elements", "final_zeros"):
-            setattr(sums, name, getattr(sums, name) - padding)
+        measured = _measure(source, chunk, recipe, dtype)
+        new = _sums(measured, chunk, counted)
+        if recipe.hadamard:
+            _measure_rotated_back(new, measured, recipe.hadamard, rows.length)
+        sums += new
     return sums
+
+
+def _measure_rotated_back(sums: ErrorStats, m: _Measured, size: int, length: int) -> None:
+    """Replace the sums of the final result: what the rotation back puts into the padding is dropped with it."""
+    final = m.first if m.final is None else m.final
+    x, x_hat = (rotate_back(t.float().flatten(-2), size)[:, :length].double() for t in (m.x, final))
+    sums.error, sums.product = (x_hat - x).square().sum().item(), (x_hat * x).sum().item()
 
 
 def _arithmetic(values: torch.Tensor) -> torch.dtype:
@@ -248,26 +264,29 @@ def _arithmetic(values: torch.Tensor) -> torch.dtype:
     return torch.float32 if largest == 0 or 1e-12 < largest < 1e15 else torch.float64
 
 
-def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
+def _sums(m: _Measured, chunk: Chunk, counted: torch.Tensor) -> ErrorStats:
+    """`counted` (blocks, block_size) is False on padding, which is zero before and after: it adds to no energy."""
     broken = ~m.amax.isfinite()
     if broken.any():
         for t in (m.x, m.first, m.ideal, *([] if m.final is None else [m.final])):
             t.masked_fill_(broken.unsqueeze(-1), 0)
         m.amax = m.amax.masked_fill(broken, 0)
-        for mask in (m.dead, m.zero, m.beyond):
-            mask.masked_fill_(broken.unsqueeze(-1), False)
-    per_block = m.x.shape[-1]
+        m.beyond.masked_fill_(broken.unsqueeze(-1), False)
+        counted_before, counted = counted, counted & ~broken.unsqueeze(-1)
+    whole = counted.ndim == 2 and bool(counted.all())
     first_error, remainder, scale_bias = m.first - m.x, m.ideal - m.x, m.first - m.ideal
     dead_remainder = torch.where(m.dead, remainder, 0.0)
     grid_noise = remainder - dead_remainder
+
+    def count(mask):
+        return float(mask.sum() if whole else (mask & counted).sum())
 
     def dot(a, b):
         return (a * b).sum(-1).double().sum().item()
 
     final, final_error = (m.first, first_error) if m.final is None else (m.final, m.final - m.x)
     first_energy = dot(first_error, first_error)
-    scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
-    delta = torch.log2(scale.double() * E2M1_MAX / m.amax)[m.amax > 0]
+    delta = torch.log2(chunk.block_scales().double() * E2M1_MAX / m.amax)[m.amax > 0]
     delta = delta[delta.isfinite()]
     return ErrorStats(
         energy=dot(m.x, m.x),
@@ -283,26 +302,25 @@ def _sums(m: _Measured, chunk: Chunk) -> ErrorStats:
         error=first_energy if m.final is None else dot(final_error, final_error),
         dead_error=dot(torch.where(m.dead, final_error, 0.0), final_error),
         product=dot(final, m.x),
-        dead_elements=float(m.dead.sum()),
-        zero_elements=float(m.zero.sum()),
-        final_zeros=float((final == 0).sum()) - float(broken.sum() * per_block),
-        elements=float(m.x.numel() - broken.sum() * per_block),
-        broken=float(broken.sum() * per_block),
+        dead_elements=count(m.dead),
+        zero_elements=count(m.zero),
+        final_zeros=count(final == 0),
+        elements=count(torch.ones_like(m.dead)),
+        broken=float((counted_before & broken.unsqueeze(-1)).sum()) if broken.any() else 0.0,
         delta=delta.sum().item(),
         blocks=float(delta.numel()),
     )
 
 
-def scale_ratios(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1) -> torch.Tensor:
+def scale_ratios(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> torch.Tensor:
     """delta = log2(s / s*) of every non-zero finite block, float32 (blocks,). Args and errors as `quantize`."""
     recipe = recipe or QuantRecipe()
-    found = []
-    for source, chunk in passes(x, recipe, axis):
-        amax = over_tiles(source.abs().amax(-1), recipe.block_size if recipe.tile else 1, "amax")
-        scale = chunk.scales[0] if chunk.factor is None else chunk.scales[0] / chunk.factor
-        delta = torch.log2(scale * E2M1_MAX / amax)
+    found = [torch.empty(0, device=x.device)]
+    for source, chunk in passes(x, recipe, axis, seed)[1]:
+        amax = over_tiles(source.abs().amax(-1), recipe.tile_rows, "amax")
+        delta = torch.log2(chunk.block_scales() * E2M1_MAX / amax)
         found.append(delta[(amax > 0) & amax.isfinite() & delta.isfinite()])
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat(found)
 
 
 def precision_sweep(
@@ -315,7 +333,7 @@ def precision_sweep(
     """
     bits = tuple(bits)
     errors: dict[int | None, float] = dict.fromkeys((*bits, None), 0.0)
-    for _, b in Rows(x.detach(), axis, QuantRecipe(block_size=block_size)).chunks():
+    for _, b in rows_of(x, axis, QuantRecipe(block_size=block_size)).chunks():
         amax = torch.abs(b.x, out=b.first).amax(-1)
         amax = torch.where(amax.isfinite(), amax, 0)
         dtype = _arithmetic(amax)
@@ -329,6 +347,6 @@ def precision_sweep(
 
 
 def rel_mse(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> float:
-    """Energy of Q(x) - x over the energy of x, without the parts. Args and errors as `quantize`."""
+    """Energy of Q(x) - x over the energy of x, without the parts; NaN for zeros. Args and errors as `quantize`."""
     error = fake_quantize(x, recipe, axis, dtype=torch.float32, seed=seed) - x.float()
-    return error.double().square().sum().item() / x.double().square().sum().item()
+    return (error.double().square().sum() / x.double().square().sum()).item()

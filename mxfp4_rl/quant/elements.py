@@ -67,6 +67,8 @@ def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes (..., K), K even -> uint8 (..., K/2); the low nibble holds the even index."""
+    if not codes.numel():
+        return codes[..., ::2]
     pairs = codes.contiguous().view(torch.int16)  # little endian: the even code is the low byte
     return ((pairs | (pairs >> 4)) & 0xFF).to(torch.uint8)
 

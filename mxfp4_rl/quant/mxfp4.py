@@ -36,7 +36,7 @@ class MXFP4Quantizer:
 
     def __init__(self, recipe: QuantRecipe, rows, seed: int | None):
         self.recipe, self.seed = recipe, seed
-        self.tile_rows = recipe.block_size if recipe.tile else 1
+        self.tile_rows = recipe.tile_rows
         self.threshold = None  # of the masked fallback: blocks with a largest magnitude of at least this
         if recipe.fallback_threshold is not None:
             self.threshold = torch.nextafter(torch.tensor(recipe.fallback_threshold), torch.tensor(torch.inf)).item()
@@ -78,7 +78,7 @@ class MXFP4Quantizer:
         relative = scale_byte(amax, self.recipe.scale_rule)
         if self.recipe.scale_rule == "search":
             in_units = rest * inverse_scale(torch.where(relative == NAN_BYTE, 127, relative)).unsqueeze(-1)
-            relative, _ = self._search(in_units, relative, b)
+            relative, _ = self._search(in_units, relative, Scratch(b.x, b.second, b.second, b.scratch))  # b.first is the result
         nothing = amax == 0  # a zero block's canonical scale
         byte2 = (relative + (byte - 127)).clamp_(MIN_BYTE, MAX_BYTE)
         shift = torch.where(nothing, 127, byte2 - byte + 127)  # clamped at an end, byte2 shifts less
@@ -116,6 +116,7 @@ class MXFP4Quantizer:
         if recipe.macro_block is None:
             return None, torch.full_like(amax, recipe.pre_scale)
         group = recipe.macro_size // recipe.block_size
+        amax = torch.where(amax.isfinite(), amax, 0)  # a broken block does not touch its neighbours
         if recipe.macro_block == "static":
             macro = static_factor(over_groups(amax * recipe.pre_scale, group, "amax"))
         else:
@@ -138,8 +139,9 @@ class MXFP4Quantizer:
                 byte, shift = self._search(t, byte, b)
                 t.mul_(inverse_scale(shift).unsqueeze(-1))
             worth = divided(exp2_byte((byte - unit + 127).clamp_(1, 254)), candidate)
-            error = over_groups(_squared_error(t, b) * worth.square(), group, "sum")
-            better = error < best_error  # False for NaN: such macro blocks keep 1
+            error = _squared_error(t, b) * worth.square()
+            error = over_groups(torch.where(error.isfinite(), error, 0), group, "sum")  # broken blocks have no say
+            better = error < best_error
             best = torch.where(better, candidate, best)
             best_error = torch.where(better, error, best_error)
         return best

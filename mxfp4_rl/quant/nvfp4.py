@@ -55,7 +55,7 @@ class NVFP4Quantizer:
 
     def __init__(self, recipe: QuantRecipe, rows: Rows, seed: int | None):
         self.recipe, self.seed = recipe, seed
-        self.tile_rows = recipe.block_size if recipe.tile else 1
+        self.tile_rows = recipe.tile_rows
         amax = rows.block_amax()
         self.tensor_scale = tensor_scale(amax, recipe.scale_rule)
         self._chosen = None  # codes (rows, blocks) that were chosen for the tensor as a whole

@@ -56,6 +56,10 @@ class Chunk:
     macro: torch.Tensor | None = None
     alpha: float | None = None
 
+    def block_scales(self) -> torch.Tensor:
+        """What one unit of E2M1 of the first pass is worth in x, float32 (R, blocks)."""
+        return self.scales[0] if self.factor is None else self.scales[0] / self.factor
+
     def operand(self) -> torch.Tensor:
         """x_hat, float32 (R, blocks, block_size); overwrites the values."""
         x = self.values[0].mul_(self.scales[0].unsqueeze(-1))
@@ -80,7 +84,7 @@ class Rows:
         self.blocks = self.width // recipe.block_size
         # 2-D tiles span rows of one matrix: chunks start anew at each matrix and hold whole tiles.
         self._matrix = self.lead[-1] if self.lead else 1
-        self._tile_rows = recipe.block_size if recipe.tile else 1
+        self._tile_rows = recipe.tile_rows
 
     def slices(self) -> Iterator[slice]:
         """The chunks' rows."""

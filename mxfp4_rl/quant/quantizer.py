@@ -16,7 +16,7 @@ from mxfp4_rl.quant.hadamard import rotate_back
 from mxfp4_rl.quant.mxfp4 import MXFP4Quantizer
 from mxfp4_rl.quant.nvfp4 import NVFP4Quantizer
 from mxfp4_rl.quant.passes import Chunk, Rows
-from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axis_back
+from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axis_back, saturated
 from mxfp4_rl.recipe import QuantRecipe
 
 _QUANTIZERS = {"mxfp4": MXFP4Quantizer, "nvfp4": NVFP4Quantizer}
@@ -45,7 +45,7 @@ def quantize(
     if backend not in (None, "reference"):
         raise ValueError(f"backend={backend!r} is not available here; use 'reference' or None")
     recipe = recipe or QuantRecipe()
-    rows, axis = _rows(x, recipe, axis)
+    rows = rows_of(x, axis, recipe)
     quantizer, chunks = _passes(rows, recipe, seed)
 
     def store(width, dtype=torch.uint8):
@@ -63,7 +63,7 @@ def quantize(
     def shaped(t):
         return t.view(*rows.lead, t.shape[-1])
 
-    common = {"shape": x.shape, "axis": axis, "block_size": recipe.block_size, "hadamard": recipe.hadamard}
+    common = {"shape": x.shape, "axis": axis % x.ndim, "block_size": recipe.block_size, "hadamard": recipe.hadamard}
     if recipe.format == "nvfp4":
         ((codes, scales),) = passes
         return NVFP4Tensor(shaped(codes), shaped(scales), tensor_scale=quantizer.tensor_scale, **common)
@@ -89,23 +89,25 @@ def fake_quantize(
     Args and errors as `quantize`; `dtype` defaults to that of `x`. The result has the shape of `x` and no gradient.
     """
     recipe = recipe or QuantRecipe()
-    rows, axis = _rows(x, recipe, axis)
+    rows = rows_of(x, axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
     for r, chunk in _passes(rows, recipe, seed)[1]:
         x_hat = chunk.operand().flatten(-2)
         if recipe.hadamard:
             x_hat = rotate_back(x_hat, recipe.hadamard)
-        out[r] = x_hat[:, : rows.length]
-    return axis_back(out, x.shape, axis)
+        out[r] = saturated(x_hat[:, : rows.length], out.dtype)
+    return axis_back(out, x.shape, axis % x.ndim)
 
 
-def passes(x: torch.Tensor, recipe: QuantRecipe, axis: int, seed: int | None = None) -> Iterator[tuple[torch.Tensor, Chunk]]:
-    """Per chunk the blocks as they were (rotated, if the recipe rotates), float32 (R, blocks, block_size), and their Chunk.
+def passes(
+    x: torch.Tensor, recipe: QuantRecipe, axis: int, seed: int | None = None
+) -> tuple[Rows, Iterator[tuple[torch.Tensor, Chunk]]]:
+    """The rows of `x`, and per chunk its blocks as they were (rotated, if the recipe rotates) with the Chunk they became.
 
-    The tensors are valid until the next chunk. Args and errors as `quantize`.
+    The blocks are float32 (R, blocks, block_size), valid until the next chunk. Args and errors as `quantize`.
     """
-    rows, _ = _rows(x, recipe, axis)
-    yield from _passes(rows, recipe, seed, keep_source=True)[1]
+    rows = rows_of(x, axis, recipe)
+    return rows, _passes(rows, recipe, seed, keep_source=True)[1]
 
 
 def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False):
@@ -122,9 +124,10 @@ def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool
     return quantizer, chunks()
 
 
-def _rows(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> tuple[Rows, int]:
+def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:
+    """`x` as rows along `axis`; errors as `quantize`."""
     if x.dtype not in _FLOATS:
         raise TypeError(f"cannot quantise {x.dtype}; give float32, bfloat16 or float16")
     if not -x.ndim <= axis < x.ndim:
         raise IndexError(f"axis={axis} is out of range for a tensor of shape {tuple(x.shape)}")
-    return Rows(x.detach(), axis, recipe), axis % x.ndim
+    return Rows(x.detach(), axis, recipe)

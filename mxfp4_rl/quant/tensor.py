@@ -47,7 +47,7 @@ class QuantizedTensor:
             x = self._dequantize_rows(r, rows).view(-1, width)
             if self.hadamard:
                 x = rotate_back(x, self.hadamard)
-            out[r] = x[:, :length]
+            out[r] = saturated(x[:, :length], dtype)
         return axis_back(out, self.shape, self.axis)
 
     def _dequantize_rows(self, r: slice, rows: int) -> torch.Tensor:
@@ -151,6 +151,11 @@ class NVFP4Tensor(QuantizedTensor):
 
     def block_scales(self) -> torch.Tensor:
         return self.scales.view(torch.float8_e4m3fn).float() * self.tensor_scale
+
+
+def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x`, with finite values kept finite in `dtype`: float16 ends at 65504, and rounding up passes it."""
+    return x.clamp(-65504, 65504) if dtype == torch.float16 else x
 
 
 def row_chunks(rows: int, width: int, multiple: int = 1) -> Iterator[slice]:

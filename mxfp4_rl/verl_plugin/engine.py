@@ -63,7 +63,7 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
         release_operands(self.module)
 
     def get_per_tensor_param(self, **kwargs):
-        """verl's (name, full tensor) pairs, with every converted weight as an QuantizedTensor."""
+        """verl's (name, full tensor) pairs, with every converted weight as a QuantizedTensor."""
         pairs, peft_config = super().get_per_tensor_param(**kwargs)
         layers = converted_layers(self.module)
         return (self._packed(pairs, layers) if layers else pairs), peft_config
