@@ -39,6 +39,9 @@ test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests
 
+paper-numbers: install  ## docs/paper_numbers.md, measured anew in about 2 minutes
+	$(BIN)/python -m mxfp4_rl.paper_numbers
+
 lint: install  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,5 +49,5 @@ lint: install  ## style
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart test test-slow paper-numbers lint clean
 .DEFAULT_GOAL := help

@@ -42,7 +42,6 @@ from mxfp4_rl.settings import Settings
         ({"tile": 1}, "tile=1 is not one of False, True"),
         ({"tile": True, "macro_block": "static"}, "use one of them"),
         ({"tile": True, "hadamard": 32}, "use one of them"),
-        ({"macro_block": "hybrid"}, "give 'dynamic' or 'static' here"),
         ({"tile": True, "format": "nvfp4", "scale_rule": "soar"}, "defined for 1-D blocks"),
         ({"format": "nvfp4", "macro_block": "static"}, "macro_block is defined for format='mxfp4' only"),
         ({"format": "nvfp4", "fallback_alpha": 0.5}, "fallback_alpha is defined for format='mxfp4' only"),
@@ -166,6 +165,8 @@ def test_wrong_short_names_are_explained(text, message):
 
 def test_hybrid_macro_blocks_are_dynamic_for_weights():
     """MBS-Hybrid, arXiv 2603.08713."""
+    with pytest.raises(RecipeError, match="give 'dynamic' or 'static' here"):
+        QuantRecipe(macro_block="hybrid")
     recipe = ModelRecipe.from_dict({"macro_block": "hybrid", "grad": {}})
     assert [recipe.weight.macro_block, recipe.activation.macro_block, recipe.grad.macro_block] == [
         "dynamic",
