@@ -21,11 +21,16 @@ SCALE_RULES = {  # by format; the default comes first
     "nvfp4": ("static", "static4", "four_over_six", "search", "soar"),
 }
 SEARCH_WINDOWS = {"mxfp4": (-1, 0), "nvfp4": (-2, 6)}  # offsets to the scale's code that "search" tries
+SHORT_WORDS = {  # what `QuantRecipe.parse` knows beside the format, for messages and help
+    "mxfp4": "rceil (the default), floor, ceil, even, oas, search, c7.25; mbs, mbs32, mbs64, mbs256, mbs-dynamic, "
+    "mbs32-dynamic; of, of1, of0.5, and top5% to mask it; prescale; b16; tile; hadamard64; sr",
+    "nvfp4": "static (the default), static4, four-over-six, search, soar; tile; hadamard64; sr",
+}
 MACRO_BLOCKS = (None, "static", "dynamic")
 MACRO_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 HADAMARD_SIZES = (None, 32, 64, 128, 256)
 ROUNDINGS = ("nearest", "stochastic")
-_OF_ONE_FORMAT = ("scale_rule", "block_size", "search_window")
+_OF_ONE_FORMAT = ("scale_rule", "block_size", "search_window")  # these start anew in another format
 BACKWARD_OPERANDS = ("ste", "bf16", "mx")
 
 
@@ -87,7 +92,7 @@ class QuantRecipe:
         if _is_number(self.scale_rule):
             self._check_constant()
         else:
-            _one_of("scale_rule", self.scale_rule, rules, f" (format {self.format})")
+            self._check_rule(rules)
         if self.block_size is None:
             object.__setattr__(self, "block_size", BLOCK_SIZES[self.format][0])
         _one_of("block_size", self.block_size, BLOCK_SIZES[self.format], f" (format {self.format})")
@@ -114,6 +119,19 @@ class QuantRecipe:
             "fallback_threshold", lambda v: 0 <= v < float("inf"), "not a magnitude; null is every block", optional=True
         )
         self._check_combinations()
+
+    def _check_rule(self, rules: tuple[str, ...]):
+        if isinstance(self.scale_rule, str):
+            if self.scale_rule.replace("-", "_") in rules:  # as in short names
+                object.__setattr__(self, "scale_rule", self.scale_rule.replace("-", "_"))
+            elif re.fullmatch(r"c\d+\.?\d*", self.scale_rule):
+                raise RecipeError(f"scale_rule={self.scale_rule!r} is a short name: give the number, {self.scale_rule[1:]}")
+            elif others := [f for f in FORMATS if f != self.format and self.scale_rule in SCALE_RULES[f]]:
+                raise RecipeError(
+                    f"scale_rule={self.scale_rule!r} is a rule of {others[0]}; {self.format} has {', '.join(rules)} "
+                    f"(null: {rules[0]})"
+                )
+        _one_of("scale_rule", self.scale_rule, rules, f" (format {self.format})")
 
     def _check_constant(self):
         if not 4 <= self.scale_rule <= 12:
@@ -157,12 +175,13 @@ class QuantRecipe:
         if self.tile and self.scale_rule == "soar":
             raise RecipeError("scale_rule='soar' is defined for 1-D blocks; use tile=false or scale_rule='search'")
         if self.format != "mxfp4":
-            wrong = [
-                n for n, v in (("macro_block", self.macro_block), ("fallback_alpha", self.fallback_alpha)) if v is not None
-            ]
-            wrong += ["pre_scale"] if self.pre_scale != 1 else []
+            wrong = {n: "null" for n in ("macro_block", "fallback_alpha") if getattr(self, n) is not None}
+            wrong |= {"pre_scale": "1"} if self.pre_scale != 1 else {}
             if wrong:
-                raise RecipeError(f"{wrong[0]} is defined for format='mxfp4' only: leave it out (null) with {self.format!r}")
+                fix = ", ".join(f"{name}={value}" for name, value in wrong.items())
+                raise RecipeError(
+                    f"{' and '.join(wrong)} is defined for format='mxfp4' only: with format={self.format!r} give {fix}"
+                )
 
     def _number(self, name: str, valid, problem: str, optional: bool = False):
         value = getattr(self, name)
@@ -219,8 +238,7 @@ class QuantRecipe:
     def parse(cls, text: str) -> QuantRecipe:
         """A recipe from its short name: a format and words joined by "+", e.g. "mxfp4+oas+mbs32-dynamic+of1", "nvfp4+search".
 
-        Words: a scale rule of the format ("-" may stand for "_") or "c7.25"; "mbs", "mbs32", "mbs-dynamic", "mbs32-dynamic";
-        "of", "of1", "of0.5", and "top5%" to mask it; "b16"; "tile"; "prescale"; "sr"; "hadamard64".
+        The words are in SHORT_WORDS; "-" may stand for "_" in a scale rule.
         """
         format, *words = (word.strip() for word in text.lower().split("+"))
         _one_of("format", format, FORMATS, f" (in {text!r})")
@@ -228,11 +246,9 @@ class QuantRecipe:
         for word in words:
             new = _parse_word(word, format)
             if new is None:
-                rules = ", ".join(rule.replace("_", "-") for rule in SCALE_RULES[format])
-                raise RecipeError(
-                    f"{word!r} in {text!r} is none of: {rules}, c7.25, mbs, mbs32, mbs-dynamic, of, of0.5, top5%, b16, tile, "
-                    "prescale, sr, hadamard64"
-                )
+                others = [f for f in FORMATS if f != format and _parse_word(word, f) is not None]
+                belongs = f" (it belongs to {others[0]})" if others else ""
+                raise RecipeError(f"{word!r} in {text!r} is none of: {SHORT_WORDS[format]}{belongs}")
             twice = sorted(given.keys() & new.keys())
             if twice:
                 raise RecipeError(f"{word!r} in {text!r} sets {twice[0]} a second time; name one of them")
@@ -348,6 +364,11 @@ class ModelRecipe:
         for operand, default in (("weight", {}), ("activation", {}), ("grad", None)):
             given = own.get(operand, default)
             if isinstance(given, Mapping):
+                if given.get("macro_block") == "hybrid":
+                    raise RecipeError(
+                        f"{where}.{operand}.macro_block='hybrid' is for a whole model: give it at {where}.macro_block, or "
+                        "'dynamic' or 'static' here"
+                    )
                 given = _resolve_hybrid({**_for_format(shared, given), **given}, operand)
             if isinstance(given, QuantRecipe) or given is None:
                 own[operand] = given
@@ -419,10 +440,10 @@ def _for_format(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str,
 
 def _parse_word(word: str, format: str) -> dict[str, Any] | None:
     """The recipe keys that one word of `QuantRecipe.parse` sets; None for an unknown word."""
-    rule = word.replace("-", "_").replace("4over6", "four_over_six")
+    rule = word.replace("-", "_")
     if rule in SCALE_RULES[format]:
         return {"scale_rule": rule}
-    fixed = {"tile": {"tile": True}, "2d": {"tile": True}, "prescale": {"pre_scale": 0.75}, "sr": {"rounding": "stochastic"}}
+    fixed = {"tile": {"tile": True}, "prescale": {"pre_scale": 0.75}, "sr": {"rounding": "stochastic"}}
     if word in fixed:
         return fixed[word]
     if match := re.fullmatch(r"c(\d+\.?\d*)", word):

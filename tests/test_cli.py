@@ -275,7 +275,7 @@ def test_help_version_and_printed_config(capsys):
 def test_dry_run_checks_and_leaves_nothing(model_dir, tmp_path, no_child, capsys):
     assert cli.main(quickstart(model_dir, "--dry-run")) == 0
     out = capsys.readouterr().out
-    assert "14 Linear layers in MXFP4" in out and "mxfp4 rceil + MBS static 128 + OF 0.5" in out
+    assert "14 Linear layers quantised" in out and "mxfp4 rceil + MBS static 128 + OF 0.5" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,11 +22,14 @@ ALL = [*RECIPES, *(QuantRecipe(scale_rule=rule) for rule in RULES), SR]
 @pytest.mark.parametrize("recipe", ALL, ids=[r.describe() for r in ALL])
 def test_codes_scales_and_operands_are_the_cpus_bit_for_bit(recipe, dtype):
     x = awkward(rows=64, length=416).clamp(-1e38, 1e38).to(dtype)
-    here, there = quantize(x, recipe, seed=7), quantize(x.cuda(), recipe, seed=7)
-    for name, tensor in here.tensors().items():
-        assert torch.equal(tensor, there.tensors()[name].cpu()), name
-    assert same_bits(here.dequantize(), there.dequantize().cpu())
-    assert same_bits(fake_quantize(x, recipe, seed=7), fake_quantize(x.cuda(), recipe, seed=7).cpu())
+    here = quantize(x, recipe, seed=7)
+    for backend in (None, "reference"):
+        there = quantize(x.cuda(), recipe, seed=7, backend=backend)
+        for name, tensor in here.tensors().items():
+            assert torch.equal(tensor, there.tensors()[name].cpu()), (name, backend)
+        assert same_bits(here.dequantize(), there.dequantize().cpu())
+        operand = fake_quantize(x.cuda(), recipe, seed=7, backend=backend)
+        assert same_bits(fake_quantize(x, recipe, seed=7), operand.cpu())
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=ids)

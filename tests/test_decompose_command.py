@@ -271,7 +271,7 @@ def test_nan_is_a_named_row_and_in_no_total(tmp_path, capsys):
     _, without = measured(write_model(tmp_path / "healthy", healthy), out="healthy_out")
     assert data["total"] == without["total"] and data["types"] == without["types"] and data["layers"] == without["layers"]
     rows = read_csv(Path("out/layers.csv"))
-    broken = [row for row in rows if row["layer"] == "model.layers.1.mlp.up_proj"]
+    broken = [row for row in rows if row["name"] == "model.layers.1.mlp.up_proj"]
     assert len(broken) == 1 and broken[0]["nan"] == "1" and broken[0]["inf"] == "2" and broken[0]["rel_mse"] == ""
     assert "model.layers.1.mlp.up_proj" in Path("out/report.html").read_text()
 
@@ -303,8 +303,8 @@ def test_csv_says_what_the_json_says(run):
     assert len(rows) == len(data["tensors"]) * len(DEFAULTS)
     tensors = {t["name"]: t for t in data["tensors"]}
     for row in rows:
-        numbers = tensors[row["layer"]]["recipes"][row["recipe"]]
-        assert row["shape"] == "x".join(map(str, tensors[row["layer"]]["shape"]))
+        numbers = tensors[row["name"]]["recipes"][row["recipe"]]
+        assert row["shape"] == "x".join(map(str, tensors[row["name"]]["shape"]))
         for key, value in numbers.items():
             if isinstance(value, dict):
                 assert {k: float(row[f"{key}_{k}"]) for k in value} == value

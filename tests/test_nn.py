@@ -111,6 +111,12 @@ def test_an_inference_pass_leaves_nothing_that_breaks_training():
     assert layer[0].weight.grad is not None
 
 
+def test_a_report_says_what_quantises_on_a_device():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    report = plan(model, ModelRecipe(grad=QuantRecipe(rounding="stochastic")))
+    assert report.backends(torch.device("cpu")) == "weight reference, activation reference, grad reference"
+
+
 def test_measured_rows_are_spread_out_and_keep_tiles_whole():
     t = torch.arange(200.0).unsqueeze(1).expand(200, 64)
     assert spaced_rows(t, None, FULL) is t and spaced_rows(t, 200, FULL) is t

@@ -139,6 +139,17 @@ def test_definition_in_float32_steps(recipe):
     assert same_bits(q.dequantize(), total / factor)
 
 
+def test_static_factor_truncates_the_correctly_rounded_quotient():
+    """f = 1 + floor(256 (m - 1)) / 256, m the mantissa of fp32(6 / amax); near a boundary one rounding too many shows."""
+    boundaries = torch.tensor([6 / (1 + j / 256) for j in range(256)], dtype=torch.float32)
+    amax = torch.cat([boundaries, *(torch.nextafter(boundaries, torch.tensor(e)) for e in (0.0, 9.0))])
+    got = quantize(amax.view(-1, 1), QuantRecipe(macro_block="static")).macro.view(-1)
+    for a, f in zip(amax.tolist(), got.tolist(), strict=True):
+        quotient = np.float32(np.float64(6.0) / np.float64(a))  # exact to far below half a float32 step of a tie
+        mantissa = float(np.frexp(quotient)[0]) * 2
+        assert f == 1 + int(256 * (mantissa - 1)) / 256, a
+
+
 def test_static_factor_is_the_truncated_mantissa_of_six_over_amax():
     x = torch.rand(512, 128, generator=torch.Generator().manual_seed(1)) * 3 - 1.5
     f = quantize(x, QuantRecipe(macro_block="static")).macro.squeeze(-1)

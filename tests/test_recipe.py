@@ -25,7 +25,9 @@ from mxfp4_rl.settings import Settings
         ({"scale_rule": 3.9}, r"scale_rule=3.9 is not in \[4, 12\]"),
         ({"scale_rule": True}, "scale_rule=True is not one of"),
         ({"scale_rule": 7.0, "format": "nvfp4"}, "scale_rule=7.0 is a constant of E8M0 scales"),
-        ({"scale_rule": "rceil", "format": "nvfp4"}, "'four_over_six', 'search', 'soar' .format nvfp4"),
+        ({"scale_rule": "rceil", "format": "nvfp4"}, "'rceil' is a rule of mxfp4; nvfp4 has static, .* .null: static"),
+        ({"scale_rule": "c7.25"}, "is a short name: give the number, 7.25"),
+        ({"format": "nvfp4", "macro_block": "static", "fallback_alpha": 1}, "give macro_block=null, fallback_alpha=null"),
         ({"block_size": 16.5}, "block_size=16.5 is not one of 32, 16"),
         ({"block_size": 32, "format": "nvfp4"}, "block_size=32 is not one of 16"),
         ({"macro_size": 128.0}, "macro_size=128.0"),
@@ -136,7 +138,6 @@ def test_the_shipped_configuration_is_valid_and_off_by_default_elsewhere():
         ("mxfp4+sr+hadamard64", QuantRecipe(rounding="stochastic", hadamard=64)),
         ("nvfp4+four-over-six", QuantRecipe(format="nvfp4", scale_rule="four_over_six")),
         (" mxfp4 + of.5 ", QuantRecipe(fallback_alpha=0.5)),
-        ("nvfp4+4over6", QuantRecipe(format="nvfp4", scale_rule="four_over_six")),
     ],
 )
 def test_short_names(text, expected):
@@ -148,7 +149,7 @@ def test_short_names(text, expected):
     [
         ("int4", "format='int4' is not one of 'mxfp4', 'nvfp4'"),
         ("mxfp4+nbs", "'nbs' in 'mxfp4.nbs' is none of: rceil"),
-        ("mxfp4+static", "'static' in"),
+        ("mxfp4+soar", r"'soar' in .* \(it belongs to nvfp4\)"),
         ("mxfp4+oas+floor", "'floor' in 'mxfp4.oas.floor' sets scale_rule a second time"),
         ("mxfp4+mbs100", "macro_size=100"),
         ("nvfp4+mbs", "macro_block is defined for format='mxfp4' only"),
@@ -176,6 +177,12 @@ def test_hybrid_macro_blocks_are_dynamic_for_weights():
     recipe = ModelRecipe(overrides={"down_proj": {"macro_block": "hybrid", "macro_size": 32}}).for_layer(["down_proj"])
     assert recipe.weight == QuantRecipe(macro_block="dynamic", macro_size=32)
     assert recipe.activation == QuantRecipe(macro_block="static", macro_size=32)
+
+
+def test_hybrid_is_for_all_operands():
+    with pytest.raises(RecipeError, match=r"recipe.weight.macro_block='hybrid' is for a whole model: give it at recipe.macro"):
+        ModelRecipe.from_dict({"weight": {"macro_block": "hybrid"}})
+    assert QuantRecipe(format="nvfp4", scale_rule="four-over-six").scale_rule == "four_over_six"
 
 
 def test_an_override_may_change_the_format():

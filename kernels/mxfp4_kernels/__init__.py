@@ -1,4 +1,5 @@
 """MXFP4 kernels: a folder an op, each with the reference that defines it and the Triton kernel that is the same, faster.
 
-No kernel is here yet: every operation runs the reference in `mxfp4_rl.quant`, on the CPU and on the GPU alike.
+The references of quantising and measuring are `mxfp4_rl.quant`'s own; `mxfp4_rl.quant.quantize` and `fake_quantize` come here
+by themselves for tensors on CUDA.
 """

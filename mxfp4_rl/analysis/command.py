@@ -16,6 +16,7 @@ import platform
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -23,21 +24,23 @@ from pathlib import Path
 
 import mxfp4_rl
 from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.recipe import QuantRecipe, RecipeError
+from mxfp4_rl.recipe import SHORT_WORDS, QuantRecipe, RecipeError
 
 # The paper's corrections; AQN, its third method, is noise for exploration and corrects no part of the error.
 DEFAULT_RECIPES = "mxfp4,mxfp4+mbs,mxfp4+of,mxfp4+mbs+of"
 OUT_ROOT = Path("runs") / "decompose"
 _PIPED_WIDTH = 118
 
+_WORDS = "\n".join(
+    textwrap.fill(words, 118, initial_indent=f"  {format:<8}", subsequent_indent=" " * 10)
+    for format, words in SHORT_WORDS.items()
+)
 EPILOG = f"""\
 MODEL is a folder with safetensors, a .safetensors or .gguf file, a name on the Hugging Face hub, or smollm2-135m-instruct,
 the model that comes along.
 
-recipes are a format and words joined by "+":
-  mxfp4     scale rules rceil (the default), floor, ceil, even, oas, search, c7.25; macro blocks mbs, mbs32, mbs64, mbs256,
-            mbs-dynamic, mbs32-dynamic; outlier fallback of, of1, of0.5; prescale; tile
-  nvfp4     static (the default), static4, four-over-six, search, soar
+recipes are a format and words joined by "+" (docs/numerics.md says what each does):
+{_WORDS}
 the first one is the base, the others are compared with it; the default is
   {DEFAULT_RECIPES}
 
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="what weights are cast to first; training quantises BF16, the default",
     )
-    parser.add_argument("--revision", help="of a hub name")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
     parser.add_argument("--out", metavar="DIR", help=f"where the files go; default: {OUT_ROOT}/<name of the model>")
     parser.add_argument("--no-figures", action="store_true", help="write no PNG files")
     parser.add_argument("--json", action="store_true", help="print the JSON to stdout instead of the tables")

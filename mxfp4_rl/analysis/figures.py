@@ -83,7 +83,7 @@ def draw_scale_precision(results: Results) -> Figure | None:
         return None
     figure = _figure(max(3.8, 1.7 + 0.42 * len(recipes)))
     curve, bars = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.15, 1]})
-    floor = sweep[None]
+    floor, block = sweep[None], results.recipes[results.base].block_size
     values = [sweep[bits] for bits in SWEEP_BITS]
     _style(curve, "y")
     curve.plot(SWEEP_BITS, values, color="#4477aa", marker="o", markersize=4.5, linewidth=1.8)
@@ -136,7 +136,7 @@ def draw_scale_precision(results: Results) -> Figure | None:
     bars.set_xlabel("relative MSE of each recipe")
     handles = [
         Line2D([], [], color="#4477aa", marker="o", markersize=4.5, label="scale rounded up to so many mantissa bits"),
-        Line2D([], [], color=_DARK, linestyle="--", label="floor: real-valued scale, amax at 6"),
+        Line2D([], [], color=_DARK, linestyle="--", label=f"floor: real-valued scale, amax at 6, blocks of {block}"),
     ]
     figure.legend(handles=handles, ncols=2, loc="outside upper left", frameon=False, fontsize=8.5)
     return figure
@@ -178,15 +178,17 @@ FIGURES = (
         "Error against the precision of the scale",
         "Left, the relative MSE that a block scale with so many mantissa bits leaves; 0 is MXFP4 with scales rounded up, the "
         "dashed floor a real-valued scale that puts the block's maximum on the grid's end. Right, the recipes with their bits "
-        "per element: better scales alone bring a recipe to the floor, only a search or a second pass brings it below.",
+        "per element. The floor is one for 1-D blocks of the base recipe's size whose maximum goes to 6: a search over scales, "
+        "a second pass or smaller blocks go below it.",
         draw_scale_precision,
     ),
     FigureSection(
         "figure3_scale_bias.png",
         "Distribution of the scale bias",
-        "Left, how many octaves block scales lie above those that fit exactly; rounding up spreads it over [0, 1), where a "
-        "uniform spread makes scales 1.44 times too large on average. Middle and right, its mean by decoder layer, and its sum "
-        "along random paths through one block of each layer (mean and one standard deviation) beside the uniform law's.",
+        "Left, how many octaves block scales lie above those that put the maximum to 6; rounding them up to a power of two "
+        "spreads that over [0, 1), where a uniform spread makes scales 1.44 times too large on average. Middle and right, its "
+        "mean by decoder layer, and its sum along random paths through one block of each layer (mean and one standard "
+        "deviation) beside the uniform law's.",
         draw_scale_bias,
     ),
 )

@@ -25,7 +25,7 @@ CSV_FILE = "layers.csv"
 PAGE_FILE = "report.html"
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning
 
-_CSV_KEYS = ("layer", "kind", "index", "shape", "elements", "nan", "inf", "recipe", "bits_per_element")
+_CSV_KEYS = ("name", "kind", "layer", "shape", "elements", "nan", "inf", "all_zero", "recipe", "bits_per_element")
 _SUMS = ("energy", "error", "first_error")
 
 
@@ -129,9 +129,9 @@ def to_csv(results: Results) -> str:
     rows = []
     for tensor in results.tensors:
         about = {
-            "layer": tensor.weight.name,
+            "name": tensor.weight.name,
             "kind": tensor.weight.kind,
-            "index": tensor.weight.layer,
+            "layer": tensor.weight.layer,
             "shape": "x".join(map(str, tensor.weight.info.shape)),
             "elements": tensor.errors.elements,
             "nan": tensor.nan,

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
+from mxfp4_rl.quant import backend_for
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}  # by name part; `gate_proj` is no router
@@ -41,13 +43,23 @@ class ConversionReport:
         kinds = Counter(name.rsplit(".", 1)[-1] for name in self.converted)
         recipes = Counter(recipe.describe() for recipe in self.converted.values())
         lines = [
-            f"{len(self.converted)} Linear layers in MXFP4 ({', '.join(f'{n} {k}' for k, n in kinds.items())}), "
+            f"{len(self.converted)} Linear layers quantised ({', '.join(f'{n} {k}' for k, n in kinds.items())}), "
             f"{self.elements / 1e6:.1f} M of {self.total / 1e6:.1f} M parameters"
         ]
         lines += [f"{n} with {recipe}" for recipe, n in recipes.items()]
         reasons = Counter(self.skipped.values())
         lines += [f"left alone: {n} {reason}" for reason, n in reasons.items()]
         return "\n".join(lines)
+
+    def backends(self, device: torch.device) -> str:
+        """What quantises each operand on `device`, e.g. "weight triton, activation triton, grad reference"."""
+        used: dict[str, set[str]] = {}
+        for recipe in self.converted.values():
+            for operand in ("weight", "activation", "grad"):
+                own = getattr(recipe, operand)
+                if own is not None:
+                    used.setdefault(operand, set()).add(backend_for(own, device))
+        return ", ".join(f"{operand} {' and '.join(sorted(names))}" for operand, names in used.items())
 
 
 def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:

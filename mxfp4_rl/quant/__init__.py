@@ -11,7 +11,7 @@ from mxfp4_rl.quant.decomposition import (
     rel_mse,
     scale_ratios,
 )
-from mxfp4_rl.quant.quantizer import fake_quantize, quantize
+from mxfp4_rl.quant.quantizer import backend_for, fake_quantize, quantize
 from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MXFP4Tensor",
     "NVFP4Tensor",
     "QuantizedTensor",
+    "backend_for",
     "decompose",
     "error_stats",
     "fake_quantize",

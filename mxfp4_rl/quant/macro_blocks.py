@@ -14,12 +14,13 @@ worse than no MBS.
 import torch
 
 DYNAMIC_CANDIDATES = tuple(1 + j / 16 for j in range(16))
-_LARGEST_SCALED = 2.0**125  # f * amax, pre-scale included, could overflow float32 above this: such macro blocks keep f = 1
+LARGEST_SCALED = 2.0**125  # f * amax, pre-scale included, could overflow float32 above this: such macro blocks keep f = 1
 
 
 def static_factor(macro_amax: torch.Tensor) -> torch.Tensor:
     """Largest magnitudes, float32 (...) -> factors, float32 (...), in [1, 2); 1 where amax is 0, not finite or huge."""
-    bits = (6.0 / macro_amax).view(torch.int32)
+    # A number over a tensor would be PyTorch's reciprocal times the number: two roundings.
+    bits = torch.full_like(macro_amax, 6.0).div_(macro_amax).view(torch.int32)
     factor = ((bits & 0x007F8000) | 0x3F800000).view(torch.float32)
-    usable = (macro_amax > 0) & (macro_amax < _LARGEST_SCALED)
+    usable = (macro_amax > 0) & (macro_amax < LARGEST_SCALED)
     return torch.where(usable, factor, 1.0)

@@ -21,10 +21,9 @@ from __future__ import annotations
 import torch
 
 from mxfp4_rl.quant.blocks import fold_sum, over_groups, over_tiles, per_block
-from mxfp4_rl.quant.elements import round_e2m1, round_e2m1_stochastic
+from mxfp4_rl.quant.elements import round_e2m1
 from mxfp4_rl.quant.macro_blocks import DYNAMIC_CANDIDATES, static_factor
-from mxfp4_rl.quant.passes import Chunk, Scratch, largest_blocks_threshold
-from mxfp4_rl.quant.philox import uniform
+from mxfp4_rl.quant.passes import Chunk, Scratch, largest_blocks_threshold, round_elements
 from mxfp4_rl.quant.scales import MAX_BYTE, MIN_BYTE, NAN_BYTE, divided, exp2_byte, inverse_scale, scale_byte
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -60,7 +59,7 @@ class MXFP4Quantizer:
         if recipe.scale_rule == "search":
             byte, shift = self._search(t, byte, b)
             t.mul_(inverse_scale(shift).unsqueeze(-1))
-        self._round(t, b.first, b.scratch, start, stream=0)
+        round_elements(t, b.first, b.scratch, recipe, self.seed, start)
         done = Chunk([b.first], [byte], [exp2_byte(byte)], factor, macro, recipe.fallback_alpha)
         if recipe.fallback_alpha is not None:
             rest = t.sub_(b.first)  # in units of s: exact
@@ -68,7 +67,7 @@ class MXFP4Quantizer:
                 rest.masked_fill_((largest < self.threshold).unsqueeze(-1), 0)
             byte2 = self._second_pass(rest, byte, b, start)
             done.values.append(b.second)
-            done.codes.append(byte2)
+            done.scale_codes.append(byte2)
             done.scales.append(exp2_byte(byte2))
         return done
 
@@ -85,14 +84,8 @@ class MXFP4Quantizer:
         byte2 = torch.where(nothing, MIN_BYTE, byte2)
         invalid = byte == NAN_BYTE
         rest.mul_(inverse_scale(torch.where(invalid, 127, shift)).unsqueeze(-1))
-        self._round(rest, b.second, b.scratch, start, stream=1)
+        round_elements(rest, b.second, b.scratch, self.recipe, self.seed, start, stream=1)
         return torch.where(invalid, NAN_BYTE, byte2)
-
-    def _round(self, t: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor, start: int, stream: int) -> None:
-        if self.recipe.rounding == "nearest":
-            round_e2m1(t, out=out, scratch=scratch)
-        else:
-            out.copy_(round_e2m1_stochastic(t, uniform(self.seed, start, t.numel(), stream, t.device).view_as(t)))
 
     def _search(self, t: torch.Tensor, byte: torch.Tensor, b: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
         """The best byte near `byte` for t, in units of its scale: (byte, 127 + offset), both (R, blocks).

@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 
 from mxfp4_rl.quant.blocks import fold_sum, over_tiles
-from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1, round_e2m1_stochastic
-from mxfp4_rl.quant.passes import Chunk, Rows, Scratch
-from mxfp4_rl.quant.philox import uniform
+from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
+from mxfp4_rl.quant.passes import Chunk, Rows, Scratch, round_elements
 from mxfp4_rl.quant.scales import divided
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -75,10 +74,7 @@ class NVFP4Quantizer:
             code = self._codes(b, amax)
         code = torch.where(amax.isfinite(), code, NAN_CODE)
         t = b.x.mul_(self._to_grid(code))
-        if self.recipe.rounding == "nearest":
-            round_e2m1(t, out=b.first, scratch=b.scratch)
-        else:
-            b.first.copy_(round_e2m1_stochastic(t, uniform(self.seed, start, t.numel(), 0, t.device).view_as(t)))
+        round_elements(t, b.first, b.scratch, self.recipe, self.seed, start)
         return Chunk([b.first], [code], [e4m3_value(code) * self.tensor_scale])
 
     def _codes(self, b: Scratch, amax: torch.Tensor) -> torch.Tensor:

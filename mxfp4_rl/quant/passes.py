@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from mxfp4_rl.quant.blocks import over_tiles
+from mxfp4_rl.quant.elements import round_e2m1, round_e2m1_stochastic
 from mxfp4_rl.quant.hadamard import rotate
+from mxfp4_rl.quant.philox import uniform
 from mxfp4_rl.quant.tensor import row_chunks
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -42,7 +44,7 @@ class Chunk:
 
     Attributes:
         values: E2M1 values in units of the scale, float32 (R, blocks, block_size).
-        codes: the stored scales, int32 (R, blocks).
+        scale_codes: the stored scales, int32 (R, blocks).
         scales: what they are worth, float32 (R, blocks).
         factor: what x was multiplied by before, float32 (R, blocks), or None.
         macro: MBS factors (R, macros), or None.
@@ -50,7 +52,7 @@ class Chunk:
     """
 
     values: list[torch.Tensor]
-    codes: list[torch.Tensor]
+    scale_codes: list[torch.Tensor]
     scales: list[torch.Tensor]
     factor: torch.Tensor | None = None
     macro: torch.Tensor | None = None
@@ -124,3 +126,22 @@ def largest_blocks_threshold(rows: Rows, fraction: float) -> float:
         return 0.0
     keep = max(1, math.ceil(fraction * amax.numel()))
     return amax.kthvalue(amax.numel() - keep + 1).values.item()
+
+
+def round_elements(
+    t: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    recipe: QuantRecipe,
+    seed: int | None,
+    start: int,
+    stream: int = 0,
+) -> None:
+    """Round t, in units of the scale, into `out` as the recipe says; t's first element is element `start` of its tensor.
+
+    `stream` keeps the random numbers of several passes apart.
+    """
+    if recipe.rounding == "nearest":
+        round_e2m1(t, out=out, scratch=scratch)
+    else:
+        out.copy_(round_e2m1_stochastic(t, uniform(seed, start, t.numel(), stream, t.device).view_as(t)))

@@ -2,7 +2,7 @@
 
 Weights, activations, gradients, the rollout's weights, the monitor and the command line all come here. `quantize` returns the
 codes, `fake_quantize` the operand x_hat; both run the same passes of the recipe's format (`mxfp4.py`, `nvfp4.py`), chunk by
-chunk, and agree to the bit.
+chunk, and agree to the bit. On CUDA, recipes that the Triton kernels know run there instead, with the same bits.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ def quantize(
         x: float32, bfloat16 or float16, any shape with at least one axis. float16 and bfloat16 are widened exactly.
         recipe: defaults to `QuantRecipe()`, plain MXFP4 with the rceil rule.
         axis: the contraction axis of the product that consumes `x`; it need not be a multiple of the block size.
-        backend: "reference", or None for the best one here.
+        backend: "reference", "triton", or None for the best one for the tensor's device and the recipe.
         seed: of stochastic rounding, 64 bits; None draws one from PyTorch's default generator.
 
     Returns:
         MXFP4Tensor or NVFP4Tensor, by the recipe's format.
 
     Raises:
-        TypeError: `x` is not one of the floating types above. IndexError: no such axis. ValueError: unknown backend.
+        TypeError: `x` is not one of the floating types above. IndexError: no such axis. ValueError: a backend that does not
+        exist, is not there, or does not know the recipe.
     """
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend={backend!r} is not available here; use 'reference' or None")
     recipe = recipe or QuantRecipe()
+    _check(x, axis)
+    if kernels := _kernels(x, recipe, backend):
+        return kernels.packed(x.detach(), recipe, axis % x.ndim)
     rows = rows_of(x, axis, recipe)
     quantizer, chunks = _passes(rows, recipe, seed)
 
     def store(width, dtype=torch.uint8):
         return torch.empty(rows.count, width, dtype=dtype, device=x.device)
 
-    passes = [(store(rows.width // 2), store(rows.blocks)) for _ in range(1 + (recipe.fallback_alpha is not None))]
+    stored = [(store(rows.width // 2), store(rows.blocks)) for _ in range(1 + (recipe.fallback_alpha is not None))]
     macro = store(-(-rows.width // recipe.macro_size), torch.float32) if recipe.macro_block else None
     for r, chunk in chunks:
-        for (codes, scales), values, code in zip(passes, chunk.values, chunk.codes, strict=True):
+        for (codes, scales), values, code in zip(stored, chunk.values, chunk.scale_codes, strict=True):
             codes[r] = pack_codes(encode_e2m1(values.view(values.shape[0], -1)))
             scales[r] = code.to(torch.uint8)
         if macro is not None:
@@ -65,9 +67,9 @@ def quantize(
 
     common = {"shape": x.shape, "axis": axis % x.ndim, "block_size": recipe.block_size, "hadamard": recipe.hadamard}
     if recipe.format == "nvfp4":
-        ((codes, scales),) = passes
+        ((codes, scales),) = stored
         return NVFP4Tensor(shaped(codes), shaped(scales), tensor_scale=quantizer.tensor_scale, **common)
-    first, *second = [MXFP4Tensor(shaped(c), shaped(s), **common) for c, s in passes]
+    first, *second = [MXFP4Tensor(shaped(c), shaped(s), **common) for c, s in stored]
     first.macro_size, first.pre_scale = recipe.macro_size, recipe.pre_scale  # both passes live in the scaled domain
     if macro is not None:
         first.macro = shaped(macro)
@@ -83,12 +85,16 @@ def fake_quantize(
     axis: int = -1,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`quantize(x, recipe, axis, seed=seed).dequantize(dtype)` to the bit, without building the codes.
 
     Args and errors as `quantize`; `dtype` defaults to that of `x`. The result has the shape of `x` and no gradient.
     """
     recipe = recipe or QuantRecipe()
+    _check(x, axis)
+    if kernels := _kernels(x, recipe, backend):
+        return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype)
     rows = rows_of(x, axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
     for r, chunk in _passes(rows, recipe, seed)[1]:
@@ -126,8 +132,37 @@ def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool
 
 def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:
     """`x` as rows along `axis`; errors as `quantize`."""
+    _check(x, axis)
+    return Rows(x.detach(), axis, recipe)
+
+
+def backend_for(recipe: QuantRecipe, device: torch.device) -> str:
+    """What `backend=None` runs a recipe with on a device: "triton" or "reference"."""
+    return "reference" if _kernels(torch.empty(0, device=device), recipe, None) is None else "triton"
+
+
+def _kernels(x: torch.Tensor, recipe: QuantRecipe, backend: str | None):
+    """The module of Triton kernels to use, or None for the reference."""
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend={backend!r} is not one of 'reference', 'triton', None")
+    if backend == "reference" or (backend is None and not x.is_cuda):
+        return None
+    try:
+        from mxfp4_kernels.device import supports
+        from mxfp4_kernels.quantize import triton as kernels
+    except ImportError as error:
+        if backend == "triton":
+            raise ValueError(f"backend='triton' cannot be loaded ({error}): install triton, or use 'reference'") from error
+        return None
+    if not supports(recipe):
+        if backend == "triton":
+            raise ValueError(f"backend='triton' has no kernel for {recipe.describe()}: use 'reference' or None")
+        return None
+    return kernels
+
+
+def _check(x: torch.Tensor, axis: int) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"cannot quantise {x.dtype}; give float32, bfloat16 or float16")
     if not -x.ndim <= axis < x.ndim:
         raise IndexError(f"axis={axis} is out of range for a tensor of shape {tuple(x.shape)}")
-    return Rows(x.detach(), axis, recipe)

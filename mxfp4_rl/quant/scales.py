@@ -34,7 +34,7 @@ _INF_BITS = 0x7F800000
 
 
 @functools.cache
-def _carry_and_exponent(rule: str | float) -> tuple[int, int]:
+def carry_and_exponent(rule: str | float) -> tuple[int, int]:
     constant = CONSTANTS[rule] if isinstance(rule, str) else rule
     mantissa, exponent = math.frexp(constant / 4)  # mantissa in [0.5, 1)
     (bits,) = struct.unpack("<I", struct.pack("<f", 2 * mantissa))
@@ -48,7 +48,7 @@ def scale_byte(amax: torch.Tensor, rule: str | float) -> torch.Tensor:
     canonical form.
     """
     bits = amax.view(torch.int32)
-    carry, exponent = _carry_and_exponent(rule)
+    carry, exponent = carry_and_exponent(rule)
     # int32 cannot overflow: the largest finite bits plus the largest carry is below 2^31.
     finite = bits < _INF_BITS
     byte = ((torch.where(finite, bits, 0) + carry) >> 23).sub_(2 + exponent).clamp_(MIN_BYTE, MAX_BYTE)

@@ -8,6 +8,7 @@ weights, bit for bit.
 from collections.abc import Iterator
 
 import torch
+from verl.utils.device import get_device_name
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -41,7 +42,8 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
             if self.rank == 0:
                 role = "reference" if reference else "actor"
                 print(f"[mxfp4] {role}: {report.describe()}", flush=True)
-                print(f"[mxfp4] {role}: {self.settings.recipe.describe()}; kernels: PyTorch reference", flush=True)
+                kernels = report.backends(torch.device(get_device_name()))
+                print(f"[mxfp4] {role}: {self.settings.recipe.describe()}; kernels: {kernels}", flush=True)
                 held = report.elements * self.compute_dtype.itemsize / 2**30
                 print(f"[mxfp4] {role}: every rank keeps its dequantised weights, {held:.2f} GiB", flush=True)
         return module

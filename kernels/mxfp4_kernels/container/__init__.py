@@ -1,0 +1,1 @@
+"""FP8 containers: MXFP4 operands without a lost bit, for FP8 matrix products."""

@@ -1,0 +1,143 @@
+"""The quantiser's arithmetic as Triton device functions: the formulas of `mxfp4_rl.quant`, to the bit.
+
+Blocks are the last axis of a (rows, blocks, 32) tensor in float32. Divisions by scales are multiplications by exact powers of
+two; the only rounding division, 6 / amax, is IEEE's (`tl.div_rn`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from mxfp4_rl.quant.macro_blocks import LARGEST_SCALED
+from mxfp4_rl.quant.scales import carry_and_exponent
+from mxfp4_rl.recipe import QuantRecipe
+
+BLOCK = 32
+
+
+def supports(recipe: QuantRecipe) -> bool:
+    """Whether the kernels compute the recipe; everything else runs the reference."""
+    return (
+        recipe.format == "mxfp4"
+        and recipe.scale_rule != "search"
+        and recipe.block_size == BLOCK
+        and recipe.macro_block in (None, "static")
+        and recipe.macro_size in (32, 64, 128, 256)
+        and recipe.fallback_fraction is None
+        and recipe.fallback_threshold is None
+        and recipe.pre_scale == 1
+        and recipe.rounding == "nearest"
+        and not recipe.tile
+        and not recipe.hadamard
+    )
+
+
+def constants(recipe: QuantRecipe) -> dict[str, Any]:
+    """The recipe as compile-time constants of the kernels below."""
+    carry, exponent = carry_and_exponent(recipe.scale_rule)
+    return {
+        "CARRY": carry,
+        "SHIFT": 2 + exponent,
+        "GROUP": recipe.macro_size // BLOCK if recipe.macro_block else 0,
+        "LARGEST": LARGEST_SCALED,
+        "FALLBACK": recipe.fallback_alpha is not None,
+        "enable_fp_fusion": False,  # it would take the residual from a product that was not rounded
+    }
+
+
+@triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """max |x| along an axis. Compared as integers, which order like the numbers, so that NaN wins as in PyTorch."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_byte(amax, CARRY: tl.constexpr, SHIFT: tl.constexpr):
+    """Largest magnitudes -> E8M0 bytes 1..250, 255 for NaN and Inf (`scales.scale_byte`)."""
+    bits = amax.to(tl.int32, bitcast=True)
+    finite = bits < 0x7F800000
+    byte = ((tl.where(finite, bits, 0) + CARRY) >> 23) - SHIFT
+    return tl.where(finite, tl.minimum(tl.maximum(byte, 1), 250), 255)
+
+
+@triton.jit
+def exp2_byte(byte):
+    """2^(byte - 127) for bytes 1..254, NaN for 255."""
+    return tl.where(byte == 255, 0x7FC00000, byte << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_scale(byte):
+    """2^(127 - byte) for bytes 1..250, NaN for 255."""
+    return tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_e2m1(t):
+    """The nearest E2M1 value, ties to even, saturating; NaN stays NaN and zero keeps its sign (`elements.round_e2m1`)."""
+    bits = t.to(tl.int32, bitcast=True)
+    exponent = tl.maximum(bits & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
+    magic = exponent * 6291456.0  # 1.5 * 2^22
+    rounded = (t + magic) - magic
+    rounded = tl.minimum(tl.maximum(rounded, -6.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    magnitude = rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return (magnitude | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e2m1_code(value):
+    """E2M1 values -> 4-bit codes, int32 (`elements.encode_e2m1`); NaN becomes 7 or 15."""
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # From 1.0 on the exponent and the top mantissa bit count the grid up; 0.5 is below it by two steps instead of one.
+    code = tl.where(magnitude >= 0x3F800000, (magnitude >> 22) - 252, (magnitude >= 0x3F000000).to(tl.int32))
+    return tl.minimum(code, 7) | ((bits >> 28) & 8)
+
+
+@triton.jit
+def static_factor(macro_amax, LARGEST: tl.constexpr):
+    """Macro-block factors 1 + m8 / 256 (`macro_blocks.static_factor`)."""
+    quotient = tl.div_rn(tl.full(macro_amax.shape, 6.0, tl.float32), macro_amax)
+    bits = quotient.to(tl.int32, bitcast=True)
+    factor = ((bits & 0x007F8000) | 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.where((macro_amax > 0) & (macro_amax < LARGEST), factor, 1.0)
+
+
+@triton.jit
+def two_passes(x, CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr):
+    """x (R, blocks, 32) -> E2M1 values and bytes of both passes, and factors (R, blocks).
+
+    The second pass repeats the first where there is no fallback; factors are 1 without macro blocks (GROUP = 0).
+    """
+    R: tl.constexpr = x.shape[0]
+    NB: tl.constexpr = x.shape[1]
+    amax = largest_magnitude(x, 2)
+    if GROUP > 0:
+        finite = tl.where(amax < float("inf"), amax, 0.0)  # a broken block does not touch its neighbours
+        macro = largest_magnitude(tl.reshape(finite, (R, NB // GROUP, GROUP)), 2)
+        factor = static_factor(macro, LARGEST)
+        factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, NB // GROUP, GROUP)), (R, NB))
+        amax = amax * factor
+    else:
+        factor = tl.full((R, NB), 1.0, tl.float32)
+    byte = scale_byte(amax, CARRY, SHIFT)
+    t = x * (inverse_scale(byte) * factor)[:, :, None]
+    first = round_e2m1(t)
+    if FALLBACK:
+        rest = t - first
+        rest_amax = largest_magnitude(rest, 2)
+        relative = scale_byte(rest_amax, CARRY, SHIFT)
+        byte2 = tl.minimum(tl.maximum(relative + byte - 127, 1), 250)
+        shift = tl.where(rest_amax == 0, 127, byte2 - byte + 127)
+        byte2 = tl.where(rest_amax == 0, 1, byte2)
+        invalid = byte == 255
+        second = round_e2m1(rest * inverse_scale(tl.where(invalid, 127, shift))[:, :, None])
+        byte2 = tl.where(invalid, 255, byte2)
+    else:
+        second = first
+        byte2 = byte
+    return first, byte, second, byte2, factor

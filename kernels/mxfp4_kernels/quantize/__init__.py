@@ -1,0 +1,1 @@
+"""Quantise: codes and scales, or the operand they stand for."""
