@@ -32,6 +32,7 @@ HADAMARD_SIZES = (None, 32, 64, 128, 256)
 ROUNDINGS = ("nearest", "stochastic")
 _OF_ONE_FORMAT = ("scale_rule", "block_size", "search_window")  # these start anew in another format
 BACKWARD_OPERANDS = ("ste", "bf16", "mx")
+PRODUCTS = ("bf16", "fp8")
 
 
 class RecipeError(ValueError):
@@ -273,6 +274,9 @@ class ModelRecipe:
         dgrad, wgrad: the other operand of each backward product. "ste": the forward's dequantised operand (what
             quantise-dequantise emulation with a straight-through estimator computes); "bf16": the unquantised operand;
             "mx": both operands quantised again along that product's own contraction axis (needs `grad`).
+        product: what multiplies. "bf16": the dequantised operands, in the compute dtype. "fp8": FP8 tensor cores on the same
+            operands, bit for bit, in the forward product and in "mx" backward products; needs plain recipes (no macro blocks,
+            no fallback) and a GPU of compute capability 8.9 or later.
         overrides: pattern -> QuantRecipe keys to change, for every quantised operand of the layers it matches; where several
             match, the later one wins key by key. A plain string matches a whole dotted name or its last parts, "re:..." is a
             regular expression searched in the dotted name.
@@ -287,12 +291,14 @@ class ModelRecipe:
     grad: QuantRecipe | None = None
     dgrad: str = "ste"
     wgrad: str = "ste"
+    product: str = "bf16"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self):
         _one_of("dgrad", self.dgrad, BACKWARD_OPERANDS)
         _one_of("wgrad", self.wgrad, BACKWARD_OPERANDS)
+        _one_of("product", self.product, PRODUCTS)
         for name in ("weight", "activation", "grad"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, QuantRecipe):
@@ -338,7 +344,7 @@ class ModelRecipe:
         """One line for logs: what each operand gets."""
         named = {"W": self.weight, "A": self.activation, "G": self.grad}
         parts = [f"{k}: {r.describe()}" for k, r in named.items() if r is not None]
-        return "; ".join(parts) + f"; dgrad {self.dgrad}, wgrad {self.wgrad}"
+        return "; ".join(parts) + f"; dgrad {self.dgrad}, wgrad {self.wgrad}; products in {self.product.upper()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict that `from_dict` turns back into an equal recipe; what checkpoints store."""

@@ -73,7 +73,7 @@ def _shipped_equals_multiplied(engine):
     release_operands(engine.module)  # now every layer quantises the weight that FSDP gathers for it
     assert torch.equal(_forward(engine), logits)
     for name, layer in layers.items():
-        own = layer._held.view(torch.int16)
+        own = layer._held["operand"].view(torch.int16)
         assert torch.equal(own, held[name].view(torch.int16)), name
         assert torch.equal(own, packed[name].dequantize(torch.bfloat16).view(torch.int16)), name
     return held

@@ -114,7 +114,35 @@ def test_an_inference_pass_leaves_nothing_that_breaks_training():
 def test_a_report_says_what_quantises_on_a_device():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     report = plan(model, ModelRecipe(grad=QuantRecipe(rounding="stochastic")))
-    assert report.backends(torch.device("cpu")) == "weight reference, activation reference, grad reference"
+    assert report.backends(torch.device("cpu")) == "weight reference, activation reference, grad reference, products bf16"
+
+
+@pytest.mark.parametrize(
+    "features, recipe, message",
+    [
+        (
+            (64, 48),
+            {"macro_block": "static"},
+            "plain weight recipe in 0, not mxfp4 rceil . MBS static 128: give macro_block=null",
+        ),
+        ((64, 48), {"activation": None}, "plain activation recipe in 0, not unquantised"),
+        ((72, 48), {}, "multiples of 16, and 0 has 72 x 48: exclude it"),
+    ],
+)
+def test_fp8_products_are_refused_where_they_cannot_be(features, recipe, message):
+    pytest.importorskip("triton")
+    with pytest.raises(RecipeError, match=message):
+        plan(nn.Sequential(nn.Linear(*features)), ModelRecipe.from_dict({"product": "fp8", **recipe}))
+
+
+def test_fp8_products_on_a_cpu_are_bf16_and_the_report_says_so():
+    pytest.importorskip("triton")
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    x, plain = torch.randn(5, 64), copy.deepcopy(model)
+    report = convert(model, ModelRecipe(product="fp8"))
+    convert(plain, ModelRecipe())
+    assert report.backends(torch.device("cpu")).endswith("products bf16")
+    assert torch.equal(model(x), plain(x))
 
 
 def test_measured_rows_are_spread_out_and_keep_tiles_whole():

@@ -1,9 +1,10 @@
-"""The Triton kernels on a GPU: `python kernels/benchmarks/gpu.py [--json FILE]`, about a minute.
+"""The Triton kernels on a GPU: `python kernels/benchmarks/gpu.py [--json FILE]`, about two minutes.
 
 Times are medians of CUDA-graph replays, so launches cost nothing; every call takes the next of several inputs, together larger
 than the L2 cache. Bandwidth counts what an ideal kernel moves: the input read once, the output written once (columns of a
 container: the input twice, since a column's scale is known only at its end). Products: `torch._scaled_mm` on containers without
-fast accumulation, alone and with the activation's quantisation, against `torch.matmul` in BF16 in the same run.
+fast accumulation, alone and with the activation's quantisation, against `torch.matmul` in BF16 in the same run; whole steps of
+a layer, without graphs, against `nn.Linear`.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import torch
 import triton
 from mxfp4_kernels.container.triton import container
 
-from mxfp4_rl import QuantRecipe, quantize
+from mxfp4_rl import ModelRecipe, QuantRecipe, quantize
+from mxfp4_rl.nn import MXFP4Linear
 from mxfp4_rl.quant import fake_quantize
 
 RECIPES = ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of")
@@ -109,8 +111,45 @@ def products():
         yield name, out, features, 2 * TOKENS * out * features / bf16 / 1e9, bf16 / alone, bf16 / whole
 
 
+def steps():
+    """Ratios of a whole Linear step to nn.Linear in BF16, as rows: name, out, in, BF16 ms, ratio by kind of step.
+
+    Forward, dgrad and wgrad with every quantisation in it, the weight's too; with `product="fp8"`. Replayed as a CUDA graph,
+    and "launched": as PyTorch runs it, where launching about twenty small kernels can take longer than they do.
+    """
+    recipes = {
+        "mx": ModelRecipe(grad=QuantRecipe(), dgrad="mx", wgrad="mx", product="fp8"),
+        "ste": ModelRecipe(product="fp8"),
+    }
+    for name, (out, features) in PRODUCTS.items():
+        xs, (g,) = random(TOKENS, features, 3), random(TOKENS, out, 1)
+        xs = [x.requires_grad_() for x in xs]
+
+        def step(x, layer, g=g):
+            layer.weight.grad = x.grad = None
+            if isinstance(layer, MXFP4Linear):
+                layer.release()
+            layer(x).backward(g)
+
+        times = {}
+        for kind in ("bf16", *recipes):
+            layer = torch.nn.Linear(features, out, bias=False, device="cuda", dtype=torch.bfloat16)
+            if kind != "bf16":
+                MXFP4Linear.swap(layer, name, recipes[kind])
+            times[kind] = median_ms(lambda x, layer=layer: step(x, layer), xs, calls=3)
+            turn = itertools.cycle(xs)
+            launched = triton.testing.do_bench(
+                lambda layer=layer, turn=turn: step(next(turn), layer), warmup=20, rep=60, return_mode="median"
+            )
+            times[f"{kind}, launched"] = launched
+        ratios = {kind: times["bf16"] / times[kind] for kind in recipes}
+        ratios |= {f"{kind}, launched": times["bf16, launched"] / times[f"{kind}, launched"] for kind in recipes}
+        yield name, out, features, times["bf16"], ratios
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("quantise", "products", "steps"), help="one of the three tables")
     parser.add_argument("--json", help="also write everything to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -124,7 +163,7 @@ def main():
     print(json.dumps(about))
     print("\n| tokens x features | recipe | kernel | TB/s | of a copy |\n|---|---|---|---|---|")
     table, copy = [], 1.0
-    for rows, columns, recipe, kernel, rate in quantising():
+    for rows, columns, recipe, kernel, rate in quantising() if options.only in (None, "quantise") else ():
         copy = rate if kernel == "copy" else copy
         table.append(
             {"rows": rows, "columns": columns, "recipe": recipe, "kernel": kernel, "TB/s": rate, "of_copy": rate / copy}
@@ -132,14 +171,21 @@ def main():
         print(f"| {rows} x {columns} | {recipe} | {kernel} | {rate:.3g} | {rate / copy:.0%} |", flush=True)
     print(f"\n| {TOKENS} tokens | out x in | BF16 TFLOP/s | W4A4 product | with quantisation |\n|---|---|---|---|---|")
     ratios = []
-    for name, out, features, tflops, alone, whole in products():
+    for name, out, features, tflops, alone, whole in products() if options.only in (None, "products") else ():
         ratios.append(
             {"name": name, "out": out, "in": features, "bf16_tflops": tflops, "product": alone, "with_quantise": whole}
         )
         print(f"| {name} | {out} x {features} | {tflops:.0f} | {alone:.2f}x | {whole:.2f}x |", flush=True)
+    print(f"\n| {TOKENS} tokens, whole step | out x in | BF16 ms | mx | ste | mx, launched | ste, launched |")
+    print("|---|---|---|---|---|---|---|")
+    whole_steps = []
+    for name, out, features, ms, by_kind in steps() if options.only in (None, "steps") else ():
+        whole_steps.append({"name": name, "out": out, "in": features, "bf16_ms": ms, **by_kind})
+        cells = " | ".join(f"{ratio:.2f}x" for ratio in by_kind.values())
+        print(f"| {name} | {out} x {features} | {ms:.2f} | {cells} |", flush=True)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({**about, "quantise": table, "products": ratios}, file, indent=1)
+            json.dump({**about, "quantise": table, "products": ratios, "steps": whole_steps}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mxfp4_rl.nn import fp8
 from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
 from mxfp4_rl.quant import backend_for
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
@@ -52,14 +53,16 @@ class ConversionReport:
         return "\n".join(lines)
 
     def backends(self, device: torch.device) -> str:
-        """What quantises each operand on `device`, e.g. "weight triton, activation triton, grad reference"."""
+        """What runs on `device`, e.g. "weight triton, activation triton, grad reference, products bf16"."""
         used: dict[str, set[str]] = {}
         for recipe in self.converted.values():
             for operand in ("weight", "activation", "grad"):
                 own = getattr(recipe, operand)
                 if own is not None:
                     used.setdefault(operand, set()).add(backend_for(own, device))
-        return ", ".join(f"{operand} {' and '.join(sorted(names))}" for operand, names in used.items())
+        eight_bit = fp8.runs_on(device, torch.bfloat16)
+        used["products"] = {r.product if eight_bit else "bf16" for r in self.converted.values()}
+        return ", ".join(f"{what} {' and '.join(sorted(names))}" for what, names in used.items())
 
 
 def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
@@ -100,7 +103,10 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
             for pattern in excluded:
                 report.by_pattern[pattern] += 1
         else:
-            report.converted[name] = recipe.for_layer(overriding)
+            own = recipe.for_layer(overriding)
+            if own.product == "fp8":
+                fp8.check(own, module.in_features, module.out_features, name)
+            report.converted[name] = own
             report.elements += module.weight.numel()
             for pattern in overriding:
                 report.by_pattern[pattern] += 1

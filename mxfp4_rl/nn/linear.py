@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mxfp4_rl.nn import fp8
 from mxfp4_rl.quant import ErrorStats, QuantizedTensor, error_stats, fake_quantize
 from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
 
@@ -92,7 +93,7 @@ class MXFP4Linear(nn.Linear):
         linear.__class__ = cls
         linear.recipe, linear.layer_name = recipe, name
         linear.stats = None
-        linear._held = linear._held_key = None
+        linear._held, linear._held_key = {}, None
 
     def unswap(self) -> None:
         """Turn it back into the `nn.Linear` it was, in place."""
@@ -103,6 +104,12 @@ class MXFP4Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = _compute_dtype(x)
         x = x.to(dtype)
+        if self.recipe.product == "fp8" and fp8.runs_on(x.device, dtype):
+            if self.stats is not None:
+                self.stats.measure("activation", x, self.recipe.activation)
+            tokens = x.reshape(-1, x.shape[-1])
+            y = fp8.FP8Matmul.apply(tokens, self.weight, self, self.stats).unflatten(0, x.shape[:-1])
+            return y if self.bias is None else y + self.bias.to(dtype)
         w_hat = self.weight_operand(dtype)
         x_hat = _shared_input(x, self.recipe.activation)
         if self.stats is not None:
@@ -118,20 +125,42 @@ class MXFP4Linear(nn.Linear):
         """
         if self.recipe.weight is None:
             return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
+        return self._kept("operand", dtype, lambda w: _operand(w, self.recipe.weight))
+
+    def weight_container(self, transposed: bool = False):
+        """The weight as an operand of FP8 products, quantised along its inputs, or its outputs for dgrad; kept likewise."""
+        from mxfp4_kernels.matmul.fp8 import Operand
+
+        # A copy: what FSDP gathered for this forward is freed after it.
+        w = self._kept("source", torch.bfloat16, torch.clone)
+        if transposed:
+            return self._kept("columns", torch.bfloat16, lambda _: Operand(w.t(), self.recipe.in_backward("weight")))
+        return self._kept("rows", torch.bfloat16, lambda _: Operand(w, self.recipe.weight))
+
+    def dgrad_operand(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that a dgrad product in the compute dtype multiplies with."""
+        if self.recipe.dgrad == "ste":
+            return self.weight_operand(dtype)
+        w = self.weight.detach().to(dtype)
+        return w if self.recipe.dgrad == "bf16" else _operand(w, self.recipe.in_backward("weight"), axis=0)
+
+    def _kept(self, kind: str, dtype: torch.dtype, make):
+        """`make(weight in dtype)`, made once for a state of the weight."""
         key = self._key(dtype)
         if self._held_key != key:
+            self._held, self._held_key = {}, key
+        if kind not in self._held:
             with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
-                self._held = _operand(self.weight.detach().to(dtype), self.recipe.weight)
-            self._held_key = key
-        return self._held
+                self._held[kind] = make(self.weight.detach().to(dtype))
+        return self._held[kind]
 
     def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
         """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
-        self._held, self._held_key = packed.dequantize(dtype), self._key(dtype)
+        self._held, self._held_key = {"operand": packed.dequantize(dtype)}, self._key(dtype)
 
     def release(self) -> None:
         """Forget the kept operand; the next forward quantises the weight again."""
-        self._held = self._held_key = None
+        self._held, self._held_key = {}, None
 
     def _key(self, dtype):
         # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
@@ -166,9 +195,9 @@ class PackedLinear(MXFP4Linear):
         return y if self.bias is None else y + self.bias
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
-        if self._held is None or self._held.dtype != dtype:
+        if self._held_key != dtype:
             raise RuntimeError(f"{self.layer_name} has no weights in {dtype}: load them with hold() first")
-        return self._held
+        return self._held["operand"]
 
     def _key(self, dtype):
         return dtype

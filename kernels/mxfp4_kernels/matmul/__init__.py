@@ -1,0 +1,1 @@
+"""W4A4 matrix products of FP8 containers."""
