@@ -73,12 +73,8 @@ def test_fp8_products_are_the_bf16_ones_of_the_same_operands(dgrad, wgrad, bias)
     )
 
 
-@pytest.mark.parametrize("product", ["bf16", "fp8"])
-def test_training_with_either_product(product):
-    model = llama(intermediate_size=192).cuda()
-    plain = QuantRecipe()
-    report = convert(model, ModelRecipe(grad=plain, dgrad="mx", wgrad="mx", product=product))
-    assert f"products {product}" in report.backends(torch.device("cuda"))
+def train(model):
+    """Twelve steps on one batch; the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.randint(0, 64, (4, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     losses = []
@@ -90,6 +86,16 @@ def test_training_with_either_product(product):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("product", ["bf16", "fp8"])
+def test_training_with_either_product(product):
+    model = llama(intermediate_size=192).cuda()
+    plain = QuantRecipe()
+    report = convert(model, ModelRecipe(grad=plain, dgrad="mx", wgrad="mx", product=product))
+    assert f"products {product}" in report.backends(torch.device("cuda"))
+    losses = train(model)
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -99,17 +105,7 @@ def test_a_converted_model_trains_and_its_rollout_agrees():
     rollout = copy.deepcopy(actor).bfloat16()
     convert(actor, recipe)
     convert_for_rollout(rollout, recipe)
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-2)
-    tokens = torch.randint(0, 64, (4, 16), device="cuda")
-    losses = []
-    for _ in range(12):
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = actor(tokens).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(actor)
     assert losses[-1] < losses[0] - 0.5
     layers = converted_layers(rollout)
     for name, layer in converted_layers(actor).items():

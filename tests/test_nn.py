@@ -184,7 +184,7 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_weight_operand_is_made_once_a_step_and_never_stale(monkeypatch):
-    import mxfp4_rl.nn.linear as module
+    import mxfp4_rl.nn.operand as module
 
     quantised = []
     original = module.fake_quantize

@@ -6,6 +6,7 @@ two; the only rounding division, 6 / amax, is IEEE's (`tl.div_rn`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton
@@ -18,6 +19,7 @@ from mxfp4_rl.recipe import QuantRecipe
 BLOCK = 32
 
 
+@functools.cache
 def supports(recipe: QuantRecipe) -> bool:
     """Whether the kernels compute the recipe; everything else runs the reference."""
     return (
@@ -35,8 +37,9 @@ def supports(recipe: QuantRecipe) -> bool:
     )
 
 
+@functools.cache
 def constants(recipe: QuantRecipe) -> dict[str, Any]:
-    """The recipe as compile-time constants of the kernels below."""
+    """The recipe as compile-time constants of the kernels below. Read only: every call for a recipe gets the same dict."""
     carry, exponent = carry_and_exponent(recipe.scale_rule)
     return {
         "CARRY": carry,

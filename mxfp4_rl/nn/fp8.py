@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mxfp4_rl.quant import fake_quantize
+from mxfp4_rl.nn.operand import operand
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
 
@@ -19,12 +19,12 @@ def check(recipe: ModelRecipe, in_features: int, out_features: int, name: str) -
         from mxfp4_kernels.matmul.fp8 import MULTIPLE, fits
     except ImportError as error:
         raise RecipeError(f"product='fp8' needs Triton ({error}): install triton, or give product='bf16'") from error
-    for operand in ("weight", "activation"):
-        own = getattr(recipe, operand)
+    for side in ("weight", "activation"):
+        own = getattr(recipe, side)
         if not fits(own):
             what = own.describe() if own is not None else "unquantised"
             raise RecipeError(
-                f"product='fp8' needs a plain {operand} recipe in {name}, not {what}: give macro_block=null, "
+                f"product='fp8' needs a plain {side} recipe in {name}, not {what}: give macro_block=null, "
                 "fallback_alpha=null and a fixed scale rule, or product='bf16'"
             )
     if in_features % MULTIPLE or out_features % MULTIPLE:
@@ -63,7 +63,7 @@ class FP8Matmul(torch.autograd.Function):
             if recipe.dgrad == "mx" and fp8 and fits(recipe.in_backward("weight")):
                 dx = product(Operand(g, recipe.grad), layer.weight_container(transposed=True))
             else:
-                dx = _quantised(g, recipe.grad, -1) @ layer.dgrad_operand(g.dtype)
+                dx = operand(g, recipe.grad) @ layer.dgrad_operand(g.dtype)
         if ctx.needs_input_grad[1]:
             own = recipe.activation
             if recipe.wgrad == "mx":
@@ -71,13 +71,9 @@ class FP8Matmul(torch.autograd.Function):
             if recipe.wgrad == "mx" and fp8 and fits(own) and g.shape[0] % MULTIPLE == 0:
                 dw = product(Operand(g.t(), recipe.grad), Operand(x.t(), own))
             else:
-                x_back = {"ste": lambda: fake_quantize(x, own), "bf16": lambda: x, "mx": lambda: fake_quantize(x, own, axis=0)}
-                dw = _quantised(g, recipe.grad, 0).t() @ x_back[recipe.wgrad]()
+                x_back = {"ste": lambda: operand(x, own), "bf16": lambda: x, "mx": lambda: operand(x, own, axis=0)}
+                dw = operand(g, recipe.grad, axis=0).t() @ x_back[recipe.wgrad]()
             dw = dw.to(ctx.weight_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)
         return dx, dw, None, None
-
-
-def _quantised(g: torch.Tensor, recipe, axis: int) -> torch.Tensor:
-    return g if recipe is None else fake_quantize(g, recipe, axis)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mxfp4_rl.nn import fp8
+from mxfp4_rl.nn.operand import operand
 from mxfp4_rl.quant import ErrorStats, QuantizedTensor, error_stats, fake_quantize
 from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
 
@@ -63,13 +64,13 @@ class QuantizedMatmul(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             if recipe.dgrad == "mx":
-                w = _operand(w, recipe.in_backward("weight"), axis=0)
-            dx = _operand(g, recipe.grad, axis=-1) @ w
+                w = operand(w, recipe.in_backward("weight"), axis=0)
+            dx = operand(g, recipe.grad, axis=-1) @ w
         if ctx.needs_input_grad[1]:
             tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if recipe.wgrad == "mx":
-                tokens_x = _operand(tokens_x, recipe.in_backward("activation"), axis=0)
-            dw = (_operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
+                tokens_x = operand(tokens_x, recipe.in_backward("activation"), axis=0)
+            dw = (operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)
         return dx, dw, None, None, None, None
@@ -104,17 +105,15 @@ class MXFP4Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = _compute_dtype(x)
         x = x.to(dtype)
-        if self.recipe.product == "fp8" and fp8.runs_on(x.device, dtype):
-            if self.stats is not None:
-                self.stats.measure("activation", x, self.recipe.activation)
-            tokens = x.reshape(-1, x.shape[-1])
-            y = fp8.FP8Matmul.apply(tokens, self.weight, self, self.stats).unflatten(0, x.shape[:-1])
-            return y if self.bias is None else y + self.bias.to(dtype)
-        w_hat = self.weight_operand(dtype)
-        x_hat = _shared_input(x, self.recipe.activation)
         if self.stats is not None:
             self.stats.measure("activation", x, self.recipe.activation)
-        y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
+        if self.recipe.product == "fp8" and fp8.runs_on(x.device, dtype):
+            tokens = x.reshape(-1, x.shape[-1])
+            y = fp8.FP8Matmul.apply(tokens, self.weight, self, self.stats).unflatten(0, x.shape[:-1])
+        else:
+            w_hat = self.weight_operand(dtype)
+            x_hat = _shared_input(x, self.recipe.activation)
+            y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
@@ -125,7 +124,7 @@ class MXFP4Linear(nn.Linear):
         """
         if self.recipe.weight is None:
             return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
-        return self._kept("operand", dtype, lambda w: _operand(w, self.recipe.weight))
+        return self._kept("operand", dtype, lambda w: operand(w, self.recipe.weight))
 
     def weight_container(self, transposed: bool = False):
         """The weight as an operand of FP8 products, quantised along its inputs, or its outputs for dgrad; kept likewise."""
@@ -142,7 +141,7 @@ class MXFP4Linear(nn.Linear):
         if self.recipe.dgrad == "ste":
             return self.weight_operand(dtype)
         w = self.weight.detach().to(dtype)
-        return w if self.recipe.dgrad == "bf16" else _operand(w, self.recipe.in_backward("weight"), axis=0)
+        return w if self.recipe.dgrad == "bf16" else operand(w, self.recipe.in_backward("weight"), axis=0)
 
     def _kept(self, kind: str, dtype: torch.dtype, make):
         """`make(weight in dtype)`, made once for a state of the weight."""
@@ -228,10 +227,6 @@ def spaced_rows(t: torch.Tensor, max_rows: int | None, recipe: QuantRecipe) -> t
     groups = t.shape[0] // unit  # of neighbouring rows that share their scales
     index = torch.linspace(0, groups - 1, max(1, max_rows // unit), device=t.device).round().long() * unit
     return t.index_select(0, (index.unsqueeze(-1) + torch.arange(unit, device=t.device)).flatten())
-
-
-def _operand(t: torch.Tensor, recipe: QuantRecipe | None, axis: int = -1) -> torch.Tensor:
-    return t if recipe is None else fake_quantize(t, recipe, axis)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ grid's end (which clipped), and the rest. These parts live on disjoint elements,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,8 +34,16 @@ from mxfp4_rl.quant.tensor import axis_back
 from mxfp4_rl.recipe import QuantRecipe, RecipeError
 
 
+class _Parts:
+    """Tensors that add up to the error."""
+
+    def total(self) -> torch.Tensor:
+        """Q(x) - x."""
+        return functools.reduce(torch.add, vars(self).values())
+
+
 @dataclass
-class ErrorParts:
+class ErrorParts(_Parts):
     """The four parts of Q(x) - x, float64, each of the shape of x; their sum is Q(x) - x exactly for float32 x.
 
     A block with NaN or Inf is NaN in every part; no other block is touched.
@@ -45,13 +54,9 @@ class ErrorParts:
     grid_noise: torch.Tensor
     fallback: torch.Tensor
 
-    def total(self) -> torch.Tensor:
-        """Q(x) - x."""
-        return self.scale_bias + self.deadzone + self.grid_noise + self.fallback
-
 
 @dataclass
-class ErrorPartition:
+class ErrorPartition(_Parts):
     """Q(x) - x by what became of each element, float64, each of the shape of x; the sum is Q(x) - x exactly.
 
     Attributes:
@@ -63,10 +68,6 @@ class ErrorPartition:
     clipping: torch.Tensor
     grid_noise: torch.Tensor
     fallback: torch.Tensor
-
-    def total(self) -> torch.Tensor:
-        """Q(x) - x."""
-        return self.deadzone + self.clipping + self.grid_noise + self.fallback
 
 
 def decompose(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorParts:

@@ -47,7 +47,7 @@ def quantize(
     _check(x, axis)
     if kernels := _kernels(x, recipe, backend):
         return kernels.packed(x.detach(), recipe, axis % x.ndim)
-    rows = rows_of(x, axis, recipe)
+    rows = Rows(x.detach(), axis, recipe)
     quantizer, chunks = _passes(rows, recipe, seed)
 
     def store(width, dtype=torch.uint8):
@@ -95,7 +95,7 @@ def fake_quantize(
     _check(x, axis)
     if kernels := _kernels(x, recipe, backend):
         return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype)
-    rows = rows_of(x, axis, recipe)
+    rows = Rows(x.detach(), axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
     for r, chunk in _passes(rows, recipe, seed)[1]:
         x_hat = chunk.operand().flatten(-2)

@@ -42,6 +42,13 @@ def _span(values, byte):
 
 
 @triton.jit
+def _widen(top, low, values, byte):
+    """A span that also holds these blocks."""
+    high, least = _span(values, byte)
+    return tl.maximum(top, high), tl.minimum(low, least)
+
+
+@triton.jit
 def _store_factor(factor_ptr, factor, rows, k0, M, K, GROUP: tl.constexpr):
     R: tl.constexpr = factor.shape[0]
     G: tl.constexpr = factor.shape[1] // GROUP
@@ -75,11 +82,9 @@ def _rows_kernel(
             mask_k = (rows < M)[:, None] & (k0 + columns < K)[None, :]
             x = tl.load(x_rows + (k0 + columns)[None, :] * stride_k, mask=mask_k, other=0.0).to(tl.float32)
             v, b, v2, b2, f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-            high, least = _span(v, b)
-            top, low = tl.maximum(top, high), tl.minimum(low, least)
+            top, low = _widen(top, low, v, b)
             if FALLBACK:
-                high, least = _span(v2, b2)
-                top2, low2 = tl.maximum(top2, high), tl.minimum(low2, least)
+                top2, low2 = _widen(top2, low2, v2, b2)
             if GROUP > 0:
                 _store_factor(factor_ptr, f, rows, k0, M, K, GROUP)
     wide, wide2 = low < top - 14, low2 < top2 - 14
@@ -120,11 +125,9 @@ def _spans_kernel(
         mask = (rows < M)[:, None] & (columns < K)[None, :]
         x = tl.load(x_rows + columns[None, :].to(tl.int64) * stride_k, mask=mask, other=0.0).to(tl.float32)
         v, b, v2, b2, f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-        high, least = _span(v, b)
-        top, low = tl.maximum(top, high), tl.minimum(low, least)
+        top, low = _widen(top, low, v, b)
         if FALLBACK:
-            high, least = _span(v2, b2)
-            top2, low2 = tl.maximum(top2, high), tl.minimum(low2, least)
+            top2, low2 = _widen(top2, low2, v2, b2)
         if GROUP > 0:
             _store_factor(factor_ptr, f, rows, k0, M, K, GROUP)
     tl.atomic_max(span_ptr + rows, top, mask=rows < M)
