@@ -35,7 +35,7 @@ quickstart: install  ## set-up, then train SmolLM2-135M in MXFP4 on the CPU, abo
 
 test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow" tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 
 test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests

@@ -1,0 +1,63 @@
+"""Quantise and operand kernels against the reference, bit for bit."""
+
+import pytest
+import torch
+
+from tests.kernels.common import DEVICE, GPU, NAMES, assert_same, data  # isort: skip
+
+from mxfp4_kernels.container import triton as container_kernel
+from mxfp4_kernels.device import supports
+from mxfp4_kernels.quantize import triton as quantize_kernel
+
+from mxfp4_rl import QuantRecipe, quantize
+from mxfp4_rl.quant import fake_quantize
+from mxfp4_rl.quant.tensor import MXFP4Tensor
+from tests.test_quant import RECIPES
+
+SHAPES = [(33, 33), (3, 576), (1, 70), (5, 3, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_and_operands_are_the_reference_s(shape, name, dtype):
+    recipe = QuantRecipe.parse(name)
+    x = data(shape, dtype)
+    for axis in range(len(shape)):
+        q = quantize(x, recipe, axis)
+        packed = quantize_kernel.packed(x.to(DEVICE), recipe, axis)
+        assert isinstance(packed, MXFP4Tensor) and packed.shape == x.shape and packed.alpha == (recipe.fallback_alpha or 0)
+        broken = (q.scales == 255).repeat_interleave(16, -1)  # a NaN has no code: the scale says it all
+        for key, tensor in q.tensors().items():
+            assert_same(packed.tensors()[key], tensor, broken if key.endswith("codes") else None)
+        for out in (torch.float32, torch.bfloat16):
+            exact = dtype == torch.bfloat16 and not recipe.macro_block and not recipe.fallback_alpha
+            if GPU or out == torch.float32 or exact:
+                assert_same(quantize_kernel.operand(x.to(DEVICE), recipe, axis, out), fake_quantize(x, recipe, axis, dtype=out))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4+mbs+of1"])
+def test_views_and_empty_tensors(name):
+    recipe = QuantRecipe.parse(name)
+    base = torch.randn(48, 160, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for view in (base[:, ::2], base[3:, 5:].t(), base.view(4, 12, 160).transpose(0, 1)):
+        for axis in (0, view.ndim - 1):
+            assert_same(quantize_kernel.operand(view, recipe, axis, torch.float32), fake_quantize(view.cpu(), recipe, axis))
+            packed, q = quantize_kernel.packed(view, recipe, axis), quantize(view.cpu(), recipe, axis)
+            for key, tensor in q.tensors().items():
+                assert_same(packed.tensors()[key], tensor)
+    for shape in ((0, 64), (64, 0), (0,)):
+        assert quantize_kernel.operand(torch.empty(shape, device=DEVICE), recipe, len(shape) - 1, torch.float32).shape == shape
+        assert quantize_kernel.packed(torch.empty(shape, device=DEVICE), recipe, len(shape) - 1).dequantize().shape == shape
+    assert container_kernel.container(torch.empty(0, 64, device=DEVICE), recipe).payload.shape == (0, 64)
+
+
+def test_backends_are_chosen_by_name():
+    x, plain, search = torch.randn(4, 64, device=DEVICE), QuantRecipe(), QuantRecipe(scale_rule="search")
+    assert_same(fake_quantize(x, plain, backend="triton"), fake_quantize(x.cpu(), plain))
+    assert_same(quantize(x, plain, backend="triton").codes, quantize(x.cpu(), plain).codes)
+    with pytest.raises(ValueError, match="no kernel for mxfp4 search"):
+        quantize(x, search, backend="triton")
+    with pytest.raises(ValueError, match="Triton kernel for mxfp4 search"):
+        container_kernel.container(x, search)
+    assert [supports(r) for r in RECIPES[:2]] == [True, True] and not supports(QuantRecipe(tile=True))
