@@ -11,12 +11,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from mxfp4_rl.quant.macro_blocks import LARGEST_SCALED
 from mxfp4_rl.quant.scales import carry_and_exponent
 from mxfp4_rl.recipe import QuantRecipe
 
 BLOCK = 32
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # kernels run on a CPU, by Triton's interpreter
 
 
 @functools.cache
@@ -52,10 +54,36 @@ def constants(recipe: QuantRecipe) -> dict[str, Any]:
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def largest_magnitude(x, axis: tl.constexpr):
-    """max |x| along an axis. Compared as integers, which order like the numbers, so that NaN wins as in PyTorch."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+    """max |x| along an axis; NaN wins, as in PyTorch and unlike in `tl.max`."""
+    if INTERPRETED:  # which reduces with functions of its own a thousand times slower; as integers magnitudes order alike
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+    else:
+        return tl.reduce(tl.abs(x), axis, _larger)
+
+
+@triton.jit
+def load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM: tl.constexpr, BK: tl.constexpr):
+    """A tile of x (M, K), its columns as rows: float32 (BK, BM / 32, 32), zeros outside of x.
+
+    The order of the axes while it is loaded is what makes Triton give a thread whole blocks of two neighbouring columns: a warp
+    reads whole cache lines, and nothing is exchanged between threads to find a block's scale.
+    """
+    row = tl.arange(0, 32)[:, None, None, None]
+    pair = tl.arange(0, BK // 2)[None, :, None, None]
+    block = tl.arange(0, BM // 32)[None, None, :, None]
+    one = tl.arange(0, 2)[None, None, None, :]
+    rows, columns = block * 32 + row, pair * 2 + one
+    tile_ptr = x_ptr + m0.to(tl.int64) * stride_m + k0.to(tl.int64) * stride_k
+    mask = (rows < M - m0) & (columns < K - k0)
+    x = tl.load(tile_ptr + (rows * stride_m + columns * stride_k), mask=mask, other=0.0)
+    return tl.reshape(tl.permute(x, (1, 3, 2, 0)), (BK, BM // 32, 32)).to(tl.float32)
 
 
 @triton.jit
@@ -81,14 +109,14 @@ def inverse_scale(byte):
 
 @triton.jit
 def round_e2m1(t):
-    """The nearest E2M1 value, ties to even, saturating; NaN stays NaN and zero keeps its sign (`elements.round_e2m1`)."""
+    """The nearest E2M1 value of |t| < 64, ties to even, saturating; NaN stays NaN and zero keeps its sign (`elements.round_e2m1`).
+
+    Adding 1.5 * 2^22 times a number's exponent, 1 at least, leaves one mantissa bit. One instruction computes the maximum.
+    """
     bits = t.to(tl.int32, bitcast=True)
-    exponent = tl.maximum(bits & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
-    magic = exponent * 6291456.0  # 1.5 * 2^22
-    rounded = (t + magic) - magic
-    rounded = tl.minimum(tl.maximum(rounded, -6.0, propagate_nan=tl.PropagateNan.ALL), 6.0, propagate_nan=tl.PropagateNan.ALL)
-    magnitude = rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return (magnitude | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    magic = tl.maximum((bits & 0x7F800000) + 0x0B400000, 0x3F800000 + 0x0B400000).to(tl.float32, bitcast=True)
+    rounded = tl.minimum((tl.abs(t) + magic) - magic, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
