@@ -105,7 +105,7 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
         else:
             own = recipe.for_layer(overriding)
             if own.product == "fp8":
-                fp8.check(own, module.in_features, module.out_features, name)
+                fp8.check(own, name)
             report.converted[name] = own
             report.elements += module.weight.numel()
             for pattern in overriding:

@@ -1,8 +1,10 @@
 """The quantised Linear's products on FP8 tensor cores: the operands of `linear.py`, bit for bit, as containers.
 
-The forward product is W4A4 in FP8. Backward products of kind "mx" are too, where the gradient's recipe is plain; "ste" and
-"bf16" products have an unquantised gradient, or an operand blocked along the wrong axis, and stay BF16. What is saved for the
-backward is the layer's input, whose operands are made again there.
+The forward product is W4A4 in FP8. Backward products of kind "mx" are too, where containers hold the gradient's recipe; "ste"
+and "bf16" products have an unquantised gradient, or an operand blocked along the wrong axis, and stay BF16. Whatever a step
+needs of a tensor, the container of its rows, that of its columns and the dequantised operand, is made at once.
+
+Plain recipes multiply with a scale a row (`matmul/fp8.py`), macro blocks with one for every 128 elements (`matmul/blocks.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from mxfp4_rl.nn.operand import operand
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
 
-def check(recipe: ModelRecipe, in_features: int, out_features: int, name: str) -> None:
+def check(recipe: ModelRecipe, name: str) -> None:
     """Raise RecipeError, naming the fix, if a layer's forward product cannot be an FP8 one."""
     try:
-        from mxfp4_kernels.matmul.fp8 import MULTIPLE, fits
+        from mxfp4_kernels.container.blocks import fits
     except ImportError as error:
         raise RecipeError(f"product='fp8' needs Triton ({error}): install triton, or give product='bf16'") from error
     for side in ("weight", "activation"):
@@ -24,14 +26,9 @@ def check(recipe: ModelRecipe, in_features: int, out_features: int, name: str) -
         if not fits(own):
             what = own.describe() if own is not None else "unquantised"
             raise RecipeError(
-                f"product='fp8' needs a plain {side} recipe in {name}, not {what}: give macro_block=null, "
-                "fallback_alpha=null and a fixed scale rule, or product='bf16'"
+                f"product='fp8' needs MXFP4 with a fixed scale rule and static macro blocks or none as {side} recipe in "
+                f"{name}, not {what}: give fallback_alpha=null and macro_block=null or static, or product='bf16'"
             )
-    if in_features % MULTIPLE or out_features % MULTIPLE:
-        raise RecipeError(
-            f"product='fp8' needs features in multiples of {MULTIPLE}, and {name} has {in_features} x {out_features}: "
-            "exclude it, or give product='bf16'"
-        )
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -39,41 +36,65 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+class Plan:
+    """Which products of a layer are FP8, with which kernels, and what they need of a tensor; for a number of tokens."""
+
+    def __init__(self, recipe: ModelRecipe, tokens: int, in_features: int, out_features: int):
+        from mxfp4_kernels.container import blocks as containers
+        from mxfp4_kernels.matmul import blocks, fp8
+
+        grad = recipe.grad if recipe.grad is not None and containers.fits(recipe.grad) else None
+        weight, activation = (recipe.in_backward(o) if recipe.grad else None for o in ("weight", "activation"))
+        self.dgrad = recipe.dgrad == "mx" and grad is not None and containers.fits(weight)
+        self.wgrad = recipe.wgrad == "mx" and grad is not None and containers.fits(activation)
+        used = [recipe.weight, recipe.activation, *([grad] if self.dgrad or self.wgrad else [])]
+        whole = all(n % fp8.MULTIPLE == 0 for n in (tokens, in_features, out_features))
+        self.kernels = fp8 if whole and all(fp8.fits(r) for r in used) else blocks
+        self.of_weight = {"rows": recipe.weight, "columns": weight if self.dgrad else None}
+        self.of_input = {"rows": recipe.activation, "columns": activation if self.wgrad else None}
+        self.of_grad = {"rows": grad if self.dgrad else None, "columns": grad if self.wgrad else None}
+
+
 class FP8Matmul(torch.autograd.Function):
-    """Y = x_hat w_hat^T and its two backward products, for x (tokens, in) in bfloat16 and `layer`, an MXFP4Linear."""
+    """Y = x_hat w_hat^T + b and its backward products, for x (tokens, in) and `layer`, an MXFP4Linear.
+
+    x, w and b carry the gradients; `operands` are (x, x^T, x_hat) as `plan.kernels.operands` makes them of x.
+    """
 
     @staticmethod
-    def forward(ctx, x, w, layer, stats):
-        from mxfp4_kernels.matmul.fp8 import Operand, product
-
-        ctx.layer, ctx.stats, ctx.weight_dtype = layer, stats, w.dtype
-        ctx.save_for_backward(x)
-        return product(Operand(x, layer.recipe.activation), layer.weight_container())
+    def forward(ctx, x, w, b, layer, plan, operands, stats):
+        ctx.layer, ctx.plan, ctx.stats = layer, plan, stats
+        ctx.weight_dtype, ctx.bias_dtype = w.dtype, b.dtype if b is not None else None
+        rows, columns, x_hat = operands
+        ctx.columns = columns and columns.with_tensors((None,) * 4)
+        # Through autograd, so that checkpointing and offloading see it.
+        ctx.save_for_backward(*(columns.tensors() if columns is not None else (x if x_hat is None else x_hat,)))
+        return plan.kernels.product(rows, layer.weight_operands(plan, x.dtype)[0], x.dtype, b if b is None else b.to(x.dtype))
 
     @staticmethod
     def backward(ctx, g):
-        from mxfp4_kernels.matmul.fp8 import MULTIPLE, Operand, fits, product
-
-        (x,) = ctx.saved_tensors
-        layer, recipe = ctx.layer, ctx.layer.recipe
+        layer, plan, recipe = ctx.layer, ctx.plan, ctx.layer.recipe
         g = g.contiguous()
-        dx = dw = None
-        fp8 = recipe.grad is not None and fits(recipe.grad)
+        dx = dw = db = None
+        rows = columns = None
+        if any(recipe is not None for recipe in plan.of_grad.values()):
+            rows, columns, _ = plan.kernels.operands(g, **plan.of_grad)
         if ctx.needs_input_grad[0]:
-            if recipe.dgrad == "mx" and fp8 and fits(recipe.in_backward("weight")):
-                dx = product(Operand(g, recipe.grad), layer.weight_container(transposed=True))
+            if plan.dgrad:
+                dx = plan.kernels.product(rows, layer.weight_operands(plan, g.dtype)[1], g.dtype)
             else:
                 dx = operand(g, recipe.grad) @ layer.dgrad_operand(g.dtype)
         if ctx.needs_input_grad[1]:
-            own = recipe.activation
-            if recipe.wgrad == "mx":
-                own = recipe.in_backward("activation")
-            if recipe.wgrad == "mx" and fp8 and fits(own) and g.shape[0] % MULTIPLE == 0:
-                dw = product(Operand(g.t(), recipe.grad), Operand(x.t(), own))
+            if plan.wgrad:
+                dw = plan.kernels.product(columns, ctx.columns.with_tensors(ctx.saved_tensors), g.dtype)
             else:
-                x_back = {"ste": lambda: operand(x, own), "bf16": lambda: x, "mx": lambda: operand(x, own, axis=0)}
-                dw = operand(g, recipe.grad, axis=0).t() @ x_back[recipe.wgrad]()
+                (x,) = ctx.saved_tensors  # "ste": quantised already
+                if recipe.wgrad == "mx":
+                    x = operand(x, recipe.in_backward("activation"), axis=0)
+                dw = operand(g, recipe.grad, axis=0).t() @ x
             dw = dw.to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            db = g.sum(0).to(ctx.bias_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)
-        return dx, dw, None, None
+        return dx, dw, db, None, None, None, None

@@ -108,13 +108,25 @@ class MXFP4Linear(nn.Linear):
         if self.stats is not None:
             self.stats.measure("activation", x, self.recipe.activation)
         if self.recipe.product == "fp8" and fp8.runs_on(x.device, dtype):
-            tokens = x.reshape(-1, x.shape[-1])
-            y = fp8.FP8Matmul.apply(tokens, self.weight, self, self.stats).unflatten(0, x.shape[:-1])
-        else:
-            w_hat = self.weight_operand(dtype)
-            x_hat = _shared_input(x, self.recipe.activation)
-            y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
+            return self._fp8_forward(x)
+        w_hat = self.weight_operand(dtype)
+        x_hat = _quantized_input(x, self.recipe.activation)
+        y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _fp8_forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        plan = fp8.Plan(self.recipe, *tokens.shape, self.out_features)
+        needed = dict(plan.of_input)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            needed["columns"] = None
+        elif self.recipe.wgrad == "ste":
+            needed["operand"] = x.dtype
+        operands = _shared_input(
+            x, (plan.kernels, *needed.values()), lambda own: plan.kernels.operands(own.reshape(tokens.shape), **needed)
+        )
+        y = fp8.FP8Matmul.apply(tokens, self.weight, self.bias, self, plan, operands, self.stats)
+        return y.unflatten(0, x.shape[:-1])
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
@@ -126,15 +138,18 @@ class MXFP4Linear(nn.Linear):
             return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
         return self._kept("operand", dtype, lambda w: operand(w, self.recipe.weight))
 
-    def weight_container(self, transposed: bool = False):
-        """The weight as an operand of FP8 products, quantised along its inputs, or its outputs for dgrad; kept likewise."""
-        from mxfp4_kernels.matmul.fp8 import Operand
+    def weight_operands(self, plan: fp8.Plan, dtype: torch.dtype):
+        """The weight's operands for FP8 products, along its inputs and, for dgrad, along its outputs; kept likewise."""
 
-        # A copy: what FSDP gathered for this forward is freed after it.
-        w = self._kept("source", torch.bfloat16, torch.clone)
-        if transposed:
-            return self._kept("columns", torch.bfloat16, lambda _: Operand(w.t(), self.recipe.in_backward("weight")))
-        return self._kept("rows", torch.bfloat16, lambda _: Operand(w, self.recipe.weight))
+        def make(w):
+            # Of a copy: what FSDP gathered for this forward is freed after it.
+            ste = self.recipe.dgrad == "ste"
+            rows, columns, w_hat = plan.kernels.operands(w.clone(), **plan.of_weight, operand=dtype if ste else None)
+            if w_hat is not None:
+                self._held["operand"] = w_hat
+            return rows, columns
+
+        return self._kept(("operands", plan.kernels), dtype, make)
 
     def dgrad_operand(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that a dgrad product in the compute dtype multiplies with."""
@@ -143,7 +158,7 @@ class MXFP4Linear(nn.Linear):
         w = self.weight.detach().to(dtype)
         return w if self.recipe.dgrad == "bf16" else operand(w, self.recipe.in_backward("weight"), axis=0)
 
-    def _kept(self, kind: str, dtype: torch.dtype, make):
+    def _kept(self, kind, dtype: torch.dtype, make):
         """`make(weight in dtype)`, made once for a state of the weight."""
         key = self._key(dtype)
         if self._held_key != key:
@@ -189,7 +204,7 @@ class PackedLinear(MXFP4Linear):
         linear.weight = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_hat = _shared_input(x, self.recipe.activation)
+        x_hat = _quantized_input(x, self.recipe.activation)
         y = nn.functional.linear(x_hat, self.weight_operand(x.dtype))
         return y if self.bias is None else y + self.bias
 
@@ -236,27 +251,30 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class _LastInput:
-    """The last quantised activation. Query, key and value (gate and up) read the same tensor: it is quantised once."""
+    """What was made of the last input. Query, key and value (gate and up) read the same tensor: it is quantised once."""
 
     def __init__(self):
         self.source = lambda: None
-        self.key = self.operand = None
+        self.key = self.made = None
 
-    def __call__(self, x: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
-        if recipe is None:
-            return x
-        key = (recipe, x._version) if not x.is_inference() else None
-        if key is None or self.source() is not x or self.key != key:
-            if key is None:
-                return fake_quantize(x.detach(), recipe)
+    def __call__(self, x: torch.Tensor, key, make):
+        """`make(x, detached)`, or what it gave for this `key` and the same state of x before."""
+        if x.is_inference():  # without a version, nobody knows whether it changed
+            return make(x.detach())
+        key = (key, x._version)
+        if self.source() is not x or self.key != key:
             with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
-                operand = fake_quantize(x.detach(), recipe)
-            self.source, self.key, self.operand = weakref.ref(x, self._forget), key, operand
-        return self.operand
+                made = make(x.detach())
+            self.source, self.key, self.made = weakref.ref(x, self._forget), key, made
+        return self.made
 
     def _forget(self, reference):
         if self.source is reference:
-            self.operand = None
+            self.made = None
 
 
 _shared_input = _LastInput()
+
+
+def _quantized_input(x: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
+    return x if recipe is None else _shared_input(x, recipe, lambda own: fake_quantize(own, recipe))

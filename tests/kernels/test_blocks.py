@@ -97,7 +97,9 @@ def matrices(M, N, K, wide_a=(), wide_b=(), dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("names", [("mxfp4", "mxfp4"), ("mxfp4+oas", "mxfp4+mbs"), ("mxfp4+mbs", "mxfp4+mbs256+floor")], ids=str)
+@pytest.mark.parametrize(
+    "names", [("mxfp4", "mxfp4"), ("mxfp4+oas", "mxfp4+mbs"), ("mxfp4+mbs", "mxfp4+mbs256+floor")], ids=str
+)
 @pytest.mark.parametrize("shape", [(33, 47, 64), (1, 16, 576), (70, 130, 200)], ids=str)
 def test_products_are_those_of_the_dequantised_operands(shape, names, backend):
     (x, w), (recipe_x, recipe_w) = matrices(*shape), map(QuantRecipe.parse, names)
@@ -108,7 +110,9 @@ def test_products_are_those_of_the_dequantised_operands(shape, names, backend):
     assert_is_product(product(a, b, OUT, bias, backend), a, b, bias)
 
 
-@pytest.mark.parametrize("names", [("mxfp4+mbs32", "mxfp4+mbs32"), ("mxfp4", "mxfp4+mbs64"), ("mxfp4+mbs32", "mxfp4+mbs")], ids=str)
+@pytest.mark.parametrize(
+    "names", [("mxfp4+mbs32", "mxfp4+mbs32"), ("mxfp4", "mxfp4+mbs64"), ("mxfp4+mbs32", "mxfp4+mbs")], ids=str
+)
 def test_products_with_small_macro_blocks(names):
     (x, w), (recipe_x, recipe_w) = matrices(33, 47, 200), map(QuantRecipe.parse, names)
     (a, _, _), (b, _, _) = operands(x, rows=recipe_x), operands(w, rows=recipe_w)

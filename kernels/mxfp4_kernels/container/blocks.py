@@ -1,7 +1,7 @@
 """FP8 containers with a scale every 128 elements, for both operands of a product and both directions of a matrix.
 
-E2M1 times 2^k is an E4M3 number for k = -8 .. 6. Let `top` be the largest scale byte of the blocks in a group of 128 elements, b a
-block's own, f the macro block's factor. Then
+E2M1 times 2^k is an E4M3 number for k = -8 .. 6. Let `top` be the largest scale byte of the blocks in a group of 128 elements,
+b a block's own, f the macro block's factor. Then
 
     P = E2M1 * 2^(b - top + 6)        x_hat = P * scale        scale = 2^(top - 6 - 127) / f
 
@@ -22,7 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import BLOCK, INTERPRETED, constants, exp2_byte, inverse_scale, largest_magnitude, load_columns, supports, two_passes
+from mxfp4_kernels.device import (
+    BLOCK,
+    INTERPRETED,
+    constants,
+    exp2_byte,
+    inverse_scale,
+    largest_magnitude,
+    load_columns,
+    supports,
+    two_passes,
+)
 from mxfp4_rl.quant.elements import decode_packed
 from mxfp4_rl.quant.scales import NAN_BYTE
 from mxfp4_rl.quant.scales import exp2_byte as exp2_byte_reference
@@ -103,7 +113,7 @@ def reference(q: MXFP4Tensor, group: int = GROUP) -> BlockContainer:
 def _contain(
     x, CARRY: tl.constexpr, SHIFT: tl.constexpr, MACRO: tl.constexpr, LARGEST: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """x (R, blocks, 32) -> E4M3 payloads (R, blocks, 32), scales and wide flags (R, groups), x_hat before the factor, factors."""
+    """x (R, blocks, 32) -> E4M3 payloads (R, blocks, 32), scales, wide flags (R, groups), x_hat before the factor, factors."""
     R: tl.constexpr = x.shape[0]
     NB: tl.constexpr = x.shape[1]
     first, byte, _v, _b, factor = two_passes(x, CARRY, SHIFT, MACRO, LARGEST, False)
@@ -127,7 +137,8 @@ def _contain(
 
 @triton.jit
 def _store(
-    payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, row0, k0, ROWS, K, R: tl.constexpr, BK: tl.constexpr, G: tl.constexpr
+    payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, row0, k0, ROWS, K,
+    R: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     rows, columns = row0 + tl.arange(0, R), k0 + tl.arange(0, BK)
     at = rows[:, None].to(tl.int64) * K + columns[None, :]

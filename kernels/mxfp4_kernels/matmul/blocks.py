@@ -19,17 +19,8 @@ import triton.language as tl
 
 from mxfp4_kernels.container.blocks import GROUP, BlockContainer, containers
 from mxfp4_kernels.device import constants, exp2_byte, two_passes
+from mxfp4_kernels.matmul.operand import Operand
 from mxfp4_rl.recipe import QuantRecipe
-
-
-class Operand:
-    """One side of a product: the container of a matrix (rows, K) quantised along K, and what it was made from.
-
-    `source` is what a repair reads: it must not change while the operand lives.
-    """
-
-    def __init__(self, source: torch.Tensor, recipe: QuantRecipe, container: BlockContainer):
-        self.source, self.recipe, self.container = source, recipe, container
 
 
 def operands(
@@ -175,23 +166,22 @@ def _repair_rows(
 ):  # fmt: skip
     """Compute the flagged rows of y (M, N) from the operands; nothing where the last flag says that there is none."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    if tl.load(wide_ptr + PADDED) != 0:
-        if tl.program_id(0) * BN < N:
-            for m in range(0, M):
-                if tl.load(wide_ptr + m) != 0:
-                    total = tl.zeros((BN,), tl.float32)
-                    for k0 in range(0, K, BK):
-                        k = k0 + tl.arange(0, BK)
-                        row = _x_hat(a_ptr, m + tl.arange(0, 1), M, k, K, a_row, a_k, CARRY_A, SHIFT_A, MACRO_A, LARGEST)
-                        tile = _x_hat(b_ptr, columns, N, k, K, b_row, b_k, CARRY_B, SHIFT_B, MACRO_B, LARGEST)
-                        total += tl.sum(tile * row, axis=1)
-                    if BIAS:
-                        if BIAS_ALONG_ROWS:
-                            total += tl.load(bias_ptr + m).to(tl.float32)
-                        else:
-                            total += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-                    at = (m + tl.zeros((BN,), tl.int64)) * y_row + columns.to(tl.int64) * y_column
-                    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=columns < N)
+    if (tl.load(wide_ptr + PADDED) != 0) & (tl.program_id(0) * BN < N):
+        for m in range(0, M):
+            if tl.load(wide_ptr + m) != 0:
+                total = tl.zeros((BN,), tl.float32)
+                for k0 in range(0, K, BK):
+                    k = k0 + tl.arange(0, BK)
+                    row = _x_hat(a_ptr, m + tl.arange(0, 1), M, k, K, a_row, a_k, CARRY_A, SHIFT_A, MACRO_A, LARGEST)
+                    tile = _x_hat(b_ptr, columns, N, k, K, b_row, b_k, CARRY_B, SHIFT_B, MACRO_B, LARGEST)
+                    total += tl.sum(tile * row, axis=1)
+                if BIAS:
+                    if BIAS_ALONG_ROWS:
+                        total += tl.load(bias_ptr + m).to(tl.float32)
+                    else:
+                        total += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+                at = (m + tl.zeros((BN,), tl.int64)) * y_row + columns.to(tl.int64) * y_column
+                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit

@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.container.reference import Container
 from mxfp4_kernels.container.triton import container
 from mxfp4_kernels.device import constants, exp2_byte, supports, two_passes
+from mxfp4_kernels.matmul import operand
+from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.recipe import QuantRecipe
 
 MULTIPLE = 16  # of both the contraction and the output columns: what FP8 products ask for
@@ -27,7 +28,7 @@ def fits(recipe: QuantRecipe | None) -> bool:
     return recipe is not None and supports(recipe) and recipe.macro_block is None and recipe.fallback_alpha is None
 
 
-class Operand:
+class Operand(operand.Operand):
     """One side of a product: the container of a matrix (rows, K) quantised along K, and what it was made from.
 
     Raises:
@@ -37,14 +38,31 @@ class Operand:
     def __init__(self, source: torch.Tensor, recipe: QuantRecipe):
         if not fits(recipe):
             raise ValueError(
-                f"an FP8 product needs a plain MXFP4 recipe, not {recipe.describe()}: dequantise and multiply in BF16"
+                f"a row-wise FP8 product needs a plain MXFP4 recipe, not {recipe.describe()}: dequantise and multiply in BF16"
             )
-        self.source, self.recipe = source, recipe
-        self.container: Container = container(source, recipe)
+        super().__init__(source, recipe, container(source, recipe))
 
 
-def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A_hat (M, K) times B_hat (N, K) transposed: (M, N).
+def operands(
+    x: torch.Tensor,
+    rows: QuantRecipe | None = None,
+    columns: QuantRecipe | None = None,
+    operand: torch.dtype | None = None,
+) -> tuple[Operand | None, Operand | None, torch.Tensor | None]:
+    """x (M, K) by `rows` and x^T (K, M) by `columns` as operands of products, and x_hat (M, K) in the dtype `operand`.
+
+    Raises:
+        ValueError: as `Operand`.
+    """
+    return (
+        Operand(x, rows) if rows is not None else None,
+        Operand(x.t(), columns) if columns is not None else None,
+        fake_quantize(x, rows, dtype=operand) if operand is not None else None,
+    )
+
+
+def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A_hat (M, K) times B_hat (N, K) transposed, plus bias (N,) if given: (M, N).
 
     On a CPU, where only the repair is a kernel (interpreted), the product itself is in float32.
 
@@ -57,7 +75,8 @@ def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16) -> 
     if K % MULTIPLE or N % MULTIPLE:
         raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
     if not (M and N and K):
-        return torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
+        y = torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
+        return y if bias is None else y.add_(bias)
     if a.source.is_cuda:
         y = torch._scaled_mm(
             a.container.payload,
@@ -71,7 +90,7 @@ def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16) -> 
         y = (a.container.dequantize() @ b.container.dequantize().t()).to(out_dtype)
     _repair(a, b, y)
     _repair(b, a, y.t())
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 @triton.jit
