@@ -109,7 +109,7 @@ def inverse_scale(byte):
 
 @triton.jit
 def round_e2m1(t):
-    """The nearest E2M1 value of |t| < 64, ties to even, saturating; NaN stays NaN and zero keeps its sign (`elements.round_e2m1`).
+    """The nearest E2M1 value of |t| < 64, ties to even, saturating; NaN stays NaN, zero keeps its sign (`elements.round_e2m1`).
 
     Adding 1.5 * 2^22 times a number's exponent, 1 at least, leaves one mantissa bit. One instruction computes the maximum.
     """
@@ -121,12 +121,12 @@ def round_e2m1(t):
 
 @triton.jit
 def e2m1_code(value):
-    """E2M1 values -> 4-bit codes, int32 (`elements.encode_e2m1`); NaN becomes 7 or 15."""
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # From 1.0 on the exponent and the top mantissa bit count the grid up; 0.5 is below it by two steps instead of one.
-    code = tl.where(magnitude >= 0x3F800000, (magnitude >> 22) - 252, (magnitude >= 0x3F000000).to(tl.int32))
-    return tl.minimum(code, 7) | ((bits >> 28) & 8)
+    """E2M1 values -> 4-bit codes, int32 (`elements.encode_e2m1`); NaN becomes 7 or 15.
+
+    Times 2^-126 their float32 has the exponent and mantissa bits of E2M1, subnormal 0.5 included, right above bit 22.
+    """
+    bits = (value * 2.0**-126).to(tl.int32, bitcast=True)
+    return ((bits >> 22) & 7) | ((bits >> 28) & 8)
 
 
 @triton.jit
@@ -136,6 +136,27 @@ def static_factor(macro_amax, LARGEST: tl.constexpr):
     bits = quotient.to(tl.int32, bitcast=True)
     factor = ((bits & 0x007F8000) | 0x3F800000).to(tl.float32, bitcast=True)
     return tl.where((macro_amax > 0) & (macro_amax < LARGEST), factor, 1.0)
+
+
+@triton.jit
+def over_factor(x, factor):
+    """x (R, blocks, 32) over the factors (R, blocks) of its macro blocks, correctly rounded.
+
+    A reciprocal a block, and two fused multiply-adds an element that correct the product with it (Markstein, 1990); not for
+    numbers so small that the correction would be rounded: a tile with such numbers is divided.
+    """
+    magnitude = largest_magnitude(x, 2)
+    small = (magnitude > 0) & (magnitude < 2.0**-90)
+    if tl.max(tl.max(small.to(tl.int32), axis=1), axis=0) > 0:
+        x = tl.div_rn(x, tl.broadcast_to(factor[:, :, None], x.shape))
+    else:
+        divisor = tl.broadcast_to(factor[:, :, None], x.shape)
+        reciprocal = tl.broadcast_to(tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)[:, :, None], x.shape)
+        quotient = x * reciprocal
+        quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000  # the correction of -0 is 0
+        x = (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from mxfp4_kernels.device import (
     inverse_scale,
     largest_magnitude,
     load_columns,
+    over_factor,
     supports,
     two_passes,
 )
@@ -174,7 +175,7 @@ def _tile_kernel(
         _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, m0, k0, M_ROWS, K_LONG, BM, BK, GROUP)
         if OPERAND:
             if MACRO > 0:
-                x_hat = tl.div_rn(x_hat, tl.broadcast_to(factor[:, :, None], x_hat.shape))
+                x_hat = over_factor(x_hat, factor)
             at = rows[:, None].to(tl.int64) * K + columns[None, :]
             tl.store(operand_ptr + at, tl.reshape(x_hat, (BM, BK)).to(operand_ptr.dtype.element_ty), mask=mask)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from mxfp4_kernels.container.blocks import GROUP, BlockContainer, containers
-from mxfp4_kernels.device import constants, exp2_byte, two_passes
+from mxfp4_kernels.device import constants, exp2_byte, over_factor, two_passes
 from mxfp4_kernels.matmul.operand import Operand
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -153,7 +153,7 @@ def _x_hat(
     first, byte, _v, _b, factor = two_passes(tl.reshape(x, (R, BK // 32, 32)), CARRY, SHIFT, MACRO, LARGEST, False)
     x_hat = first * exp2_byte(byte)[:, :, None]
     if MACRO > 0:
-        x_hat = tl.div_rn(x_hat, tl.broadcast_to(factor[:, :, None], x_hat.shape))
+        x_hat = over_factor(x_hat, factor)
     return tl.reshape(x_hat, (R, BK))
 
 

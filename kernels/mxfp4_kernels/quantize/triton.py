@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, two_passes
+from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, over_factor, two_passes
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -39,7 +39,7 @@ def _operand_kernel(
     if FALLBACK:
         x_hat += second * exp2_byte(byte2)[:, :, None] * alpha
     if GROUP > 0:
-        x_hat = tl.div_rn(x_hat, tl.broadcast_to(factor[:, :, None], x_hat.shape))
+        x_hat = over_factor(x_hat, factor)
     x_hat = tl.reshape(x_hat, (R, BK))
     if out_ptr.dtype.element_ty == tl.float16:  # rounding up passes float16's end; NaN stays
         x_hat = tl.where(x_hat > 65504.0, 65504.0, tl.where(x_hat < -65504.0, -65504.0, x_hat))
