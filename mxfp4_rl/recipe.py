@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -338,7 +339,7 @@ class ModelRecipe:
     def in_backward(self, operand: str) -> QuantRecipe | None:
         """Recipe of "weight" or "activation" in an "mx" backward product: its own, but rotated and rounded as the gradient."""
         own = getattr(self, operand)
-        return own and dataclasses.replace(own, hadamard=self.grad.hadamard, rounding=self.grad.rounding)
+        return own and _in_step_with(own, self.grad)
 
     def describe(self) -> str:
         """One line for logs: what each operand gets."""
@@ -387,6 +388,11 @@ class ModelRecipe:
         own["overrides"] = own.get("overrides") or {}
         own["exclude"] = own.get("exclude") or ()
         return cls(**own)
+
+
+@functools.cache  # asked for at every step
+def _in_step_with(own: QuantRecipe, grad: QuantRecipe) -> QuantRecipe:
+    return dataclasses.replace(own, hadamard=grad.hadamard, rounding=grad.rounding)
 
 
 def _build(cls, values: dict[str, Any], where: str):

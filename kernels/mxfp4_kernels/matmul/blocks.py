@@ -128,7 +128,7 @@ def _triton(a: BlockContainer, b: BlockContainer, out_dtype, bias) -> torch.Tens
     tile = {"BM": 64, "BN": 128, "BK": min(a.group, b.group), "ACROSS": 8, "num_warps": 4, "num_stages": 4}
     _product_kernel[triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),](
         a.payload, b.payload, a.scale, b.scale, bias, y, M, N, K, 0 if bias is None else bias.shape[0],
-        GROUP_A=a.group, GROUP_B=b.group, BIAS=bias is not None, **tile,
+        GROUP_A=a.group, GROUP_B=b.group, BIAS=bias is not None, enable_fp_fusion=True, **tile,
     )  # fmt: skip
     return y
 

@@ -1,0 +1,249 @@
+"""Every kernel compiled ahead of time, without a GPU: that it compiles, to the instructions it is written for, without spills.
+
+The calls in CASES are recorded instead of launched, so what is compiled is what the host code launches: the same argument
+types, the same constants, the same options. A new kernel is a new row.
+
+What compilation cannot prove: that the numbers are right (`tests/kernels`, on a CPU under the interpreter or on a GPU), and how
+fast they come. The native product (capability 10 and 12) has run on no GPU that has the instruction: what a scale byte of 255
+does in the tensor core, how it rounds its sums, and whether the copies keep up with it, only such a GPU can tell.
+
+Triton's conditions for the native product, found by compiling with 3.6 and 3.9, which agree: on capability 10.0 a tile of at
+least 128 rows, 16 columns and 64 elements of K, and 4 or 8 warps. With 64 rows, 8 columns or 2 warps it multiplies in BF16
+without a word. TMA is no condition, nor is the order of the scales, but only scales in the tensor core's order are copied by it
+(`tcgen05.cp`); scales in rows pass byte by byte through registers. On capability 12.0 every tile tried is native, on 12.1 only
+from Triton 3.7 on (its pull request 10010). 3.6 writes the instruction `.scale_vec::2X`, 3.9 `.block32`: synonyms.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+# ruff: noqa: E402
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)
+
+from mxfp4_kernels.container.blocks import containers
+from mxfp4_kernels.container.triton import container
+from mxfp4_kernels.matmul import blocks, fp8, native, w8a8
+from mxfp4_kernels.quantize.triton import operand, packed
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mxfp4_rl import QuantRecipe
+from mxfp4_rl.quant.tensor import MXFP4Tensor
+
+PLAIN, MBS, BOTH = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of0.5"))
+TO_FP8 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
+BLOCK_SCALED = {  # by compute capability
+    100: r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.(scale_vec::2X|block32)",
+    120: r"mma\.sync\S*kind::mxf4\S*\.block_scale\.scale_vec::2X\.f32\.e2m1\.e2m1\.f32\.ue8m0",
+}
+EMULATED = r"mma\S*\.(bf16|f16|tf32)|kind::(f16|tf32)"
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass
+class Case:
+    """A call of host code, and what its kernels have to become.
+
+    Attributes:
+        call: launches kernels; on tensors of the device "meta", which have shapes and strides and no numbers.
+        capabilities: to compile for, 90 is the H100.
+        expect: regular expressions for the PTX, by kernel.
+        constants: instead of the host's own, where it asks whether it runs on a GPU.
+        spilling: kernels that do spill, and are the slow ones of kernels/README.md.
+    """
+
+    name: str
+    call: Callable[[], object]
+    capabilities: tuple[int, ...] = (90,)
+    expect: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)
+    spilling: tuple[str, ...] = ()
+
+
+@dataclass
+class Launch:
+    """A kernel with its signature, constants and options."""
+
+    kernel: object
+    signature: dict[str, str]
+    constants: dict[str, object]
+    divisible: list[str]  # pointers and numbers that are multiples of 16
+    options: dict[str, object]
+
+
+@dataclass
+class Compiled:
+    """The PTX, and the SASS as nvdisasm prints it."""
+
+    ptx: str
+    sass: str
+
+    def spills(self) -> int:
+        """Instructions that store registers to local memory, or load them."""
+        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass))
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def quantised(rows, length, residual=False):
+    def one_pass():
+        return (
+            meta(rows, length // 2, dtype=torch.uint8),
+            meta(rows, length // 32, dtype=torch.uint8),
+            torch.Size((rows, length)),
+            1,
+        )
+
+    second = MXFP4Tensor(*one_pass()) if residual else None
+    return native.Operand(MXFP4Tensor(*one_pass(), residual=second, alpha=0.5 if residual else 0.0))
+
+
+def native_product(capability, N, residual=False, bias=None, out_dtype=torch.bfloat16):
+    a, b = quantised(512, 4096, residual), quantised(N, 4096)
+    return native.multiply(a, b, out_dtype, bias, **native.tiling(capability, N))
+
+
+CASES = [
+    Case("operand", lambda: operand(meta(512, 4096), PLAIN, 1, torch.bfloat16), (80, 90)),
+    Case("operand, columns", lambda: operand(meta(512, 4096), PLAIN, 0, torch.bfloat16), (80, 90)),
+    Case("operand, both corrections", lambda: operand(meta(512, 4096), BOTH, 1, torch.bfloat16)),
+    Case("codes", lambda: packed(meta(512, 4096), PLAIN, 1), (80, 90)),
+    Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0), spilling=("_packed_kernel",)),
+    Case("container", lambda: container(meta(512, 4096), PLAIN), expect={"_rows_kernel": TO_FP8}),
+    Case("container, long rows", lambda: container(meta(512, 11008), PLAIN), expect={"_rows_kernel": TO_FP8}),
+    Case(
+        "container, columns, both corrections",
+        lambda: container(meta(512, 4096).t(), BOTH),
+        expect={"_spans_kernel": "atom", "_payloads_kernel": TO_FP8},
+        spilling=("_spans_kernel", "_payloads_kernel"),
+    ),
+    Case(
+        "product of containers",
+        lambda: fp8.product(*(fp8.operands(meta(rows, 4096), PLAIN)[0] for rows in (512, 1024))),
+        expect={"_rows_kernel": TO_FP8, "_repair_kernel": "ld.global"},
+    ),
+    Case(
+        "container of blocks, rows and columns",
+        lambda: containers(meta(512, 4096), rows=PLAIN, columns=PLAIN),
+        expect={"_tile_kernel": TO_FP8},
+    ),
+    Case(
+        "container of blocks, macro blocks",
+        lambda: containers(meta(512, 4096), rows=MBS, columns=MBS, operand=torch.bfloat16),
+        expect={"_tile_kernel": TO_FP8},
+    ),
+    Case(
+        "product of containers of blocks",
+        lambda: blocks.product(*(blocks.operands(meta(n, 4096), rows=MBS)[0] for n in (512, 1024)), backend="triton"),
+        expect={"_product_kernel": r"wgmma\S*e4m3", "_repair_kernel": "ld.global"},
+    ),
+    Case("W8A8", lambda: w8a8.quantize_rows(meta(512, 4096)), expect={"_rows_kernel": TO_FP8}),
+    Case("W8A8, long rows", lambda: w8a8.quantize_rows(meta(512, 20480)), expect={"_rows_kernel": TO_FP8}),
+    Case(
+        "W8A8, columns",
+        lambda: w8a8.quantize_rows(meta(512, 4096).t()),
+        expect={"_column_amax_kernel": "atom", "_columns_kernel": TO_FP8},
+    ),
+    Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": r"wgmma\S*bf16"}),
+]
+
+
+def recorded(call: Callable[[], object], monkeypatch) -> list[Launch]:
+    """The launches of a call, none of which happens."""
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        names = [p.name for p in kernel.params]
+        given = dict(zip(names, args)) | {name: kwargs.pop(name) for name in names if name in kwargs}
+        launches.append(_launch(kernel, given, kwargs))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.jit.JITFunction, "run", record)
+        call()
+    return launches
+
+
+def _launch(kernel, given, options) -> Launch:
+    signature, constants, divisible = {}, {}, []
+    for p in kernel.params:
+        value = given.get(p.name, p.default if p.has_default else None)
+        if p.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not p.do_not_specialize):
+            signature[p.name], constants[p.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[p.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[p.name] = f"*{_TYPES[value.dtype]}"
+            divisible.append(p.name)
+        elif isinstance(value, float):
+            signature[p.name] = "fp32"
+        else:
+            signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [p.name] if value % 16 == 0 and not p.do_not_specialize else []
+    return Launch(kernel, signature, constants, divisible, options)
+
+
+def compiled(launch: Launch, capability: int, tmp_path: Path) -> Compiled:
+    at = {name: (i,) for i, name in enumerate(launch.signature)}
+    source = triton.compiler.ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs={at[name]: value for name, value in launch.constants.items()},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    sass = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in sass
+    return Compiled(built.asm["ptx"], sass)
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    [pytest.param(case, capability, id=f"{case.name}, sm_{capability}") for case in CASES for capability in case.capabilities],
+)
+def test_kernels_compile_to_the_instructions_they_are_written_for(case, capability, tmp_path, monkeypatch):
+    launches = recorded(case.call, monkeypatch)
+    assert launches and case.expect.keys() <= {launch.kernel.__name__ for launch in launches}
+    for launch in launches:
+        launch.constants.update((name, value) for name, value in case.constants.items() if name in launch.constants)
+        built = compiled(launch, capability, tmp_path)
+        assert re.search(case.expect.get(launch.kernel.__name__, ""), built.ptx), launch.kernel.__name__
+        assert launch.kernel.__name__ in case.spilling or not built.spills(), (
+            f"{launch.kernel.__name__} spills registers in {built.spills()} places"
+        )
+
+
+@pytest.mark.parametrize(("capability", "N", "residual"), [(100, 4096, False), (100, 128, True), (120, 4096, False)], ids=str)
+def test_the_native_product_is_native(capability, N, residual, tmp_path, monkeypatch):
+    bias = meta(N, dtype=torch.float32)
+    (launch,) = recorded(lambda: native_product(capability // 10, N, residual, bias), monkeypatch)
+    built = compiled(launch, capability, tmp_path)
+    assert re.search(BLOCK_SCALED[capability], built.ptx)
+    assert not re.search(EMULATED, built.ptx)
+    assert "cp.async.bulk.tensor" in built.ptx and "ld.global.b8" not in built.ptx, "codes and scales come by TMA"
+    assert capability != 100 or "tcgen05.cp" in built.ptx, "and the tensor core takes the scales from there"
+    assert capability != 100 or not built.spills()  # for 12.0 Triton 3.6 puts 8 bytes on the stack
