@@ -32,6 +32,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from mxfp4_kernels.container.blocks import containers
 from mxfp4_kernels.container.triton import container
 from mxfp4_kernels.matmul import blocks, fp8, native, w8a8
+from mxfp4_kernels.matmul.decode import decode_product
 from mxfp4_kernels.quantize.triton import operand, packed
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -120,6 +121,11 @@ def quantised(rows, length, residual=False):
     return native.Operand(MXFP4Tensor(*one_pass(), residual=second, alpha=0.5 if residual else 0.0))
 
 
+def weight(rows, length):
+    codes, scales = (meta(rows, length // n, dtype=torch.uint8) for n in (2, 32))
+    return MXFP4Tensor(codes, scales, torch.Size((rows, length)), 1)
+
+
 def native_product(capability, N, residual=False, bias=None, out_dtype=torch.bfloat16):
     a, b = quantised(512, 4096, residual), quantised(N, 4096)
     return native.multiply(a, b, out_dtype, bias, **native.tiling(capability, N))
@@ -166,6 +172,8 @@ CASES = [
         lambda: w8a8.quantize_rows(meta(512, 4096).t()),
         expect={"_column_amax_kernel": "atom", "_columns_kernel": TO_FP8},
     ),
+    Case("decode, one row", lambda: decode_product(meta(1, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
+    Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
     Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": r"wgmma\S*bf16"}),
 ]
 

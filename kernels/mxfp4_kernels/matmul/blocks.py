@@ -16,6 +16,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mxfp4_kernels.container.blocks import GROUP, BlockContainer, containers
 from mxfp4_kernels.device import constants, exp2_byte, over_factor, two_passes
@@ -95,7 +96,7 @@ def _reference(a: BlockContainer, b: BlockContainer, out_dtype, bias) -> torch.T
 
 @triton.jit
 def _product_kernel(
-    a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, y_ptr, M, N, K, BIASED,
+    a, b, scale_a_ptr, scale_b_ptr, bias_ptr, y_ptr, M, N, K, BIASED,
     GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ACROSS: tl.constexpr,
 ):  # fmt: skip
@@ -104,30 +105,29 @@ def _product_kernel(
     column = tl.program_id(0) // (ACROSS * tiles_n)
     height = tl.minimum(tiles_m - column * ACROSS, ACROSS)
     within = tl.program_id(0) % (ACROSS * tiles_n)
-    rows = (column * ACROSS + within % height) * BM + tl.arange(0, BM)
-    columns = within // height * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    a_at = a_ptr + rows[:, None].to(tl.int64) * K + k[None, :]
-    b_at = b_ptr + columns[None, :].to(tl.int64) * K + k[:, None]
+    m0, n0 = (column * ACROSS + within % height) * BM, within // height * BN
+    rows, columns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
-        a = tl.load(a_at + k0, mask=(rows < M)[:, None], other=0.0)
-        b = tl.load(b_at + k0, mask=(columns < N)[None, :], other=0.0)
+        part = tl.dot(a.load([m0, k0]), b.load([n0, k0]).T)
         scale_a = tl.load(scale_a_ptr + k0 // GROUP_A * M + rows, mask=rows < M, other=0.0)
         scale_b = tl.load(scale_b_ptr + k0 // GROUP_B * N + columns, mask=columns < N, other=0.0)
-        total += tl.dot(a, b) * (scale_a[:, None] * scale_b[None, :])
+        total += part * (scale_a[:, None] * scale_b[None, :])
     if BIAS:
         total += tl.load(bias_ptr + columns, mask=columns < BIASED, other=0.0).to(tl.float32)[None, :]
     at = y_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
-def _triton(a: BlockContainer, b: BlockContainer, out_dtype, bias) -> torch.Tensor:
+def _triton(a: BlockContainer, b: BlockContainer, out_dtype, bias, **tile: int) -> torch.Tensor:
     (M, K), N = a.payload.shape, b.payload.shape[0]
     y = torch.empty(M, N, dtype=out_dtype, device=a.payload.device)
-    tile = {"BM": 64, "BN": 128, "BK": min(a.group, b.group), "ACROSS": 8, "num_warps": 4, "num_stages": 4}
+    # Small tiles, so that several programs share a multiprocessor: one scales while another multiplies.
+    tile = {"BM": 64, "BN": 128, "ACROSS": 8, "num_warps": 4, "num_stages": 4, **tile, "BK": min(a.group, b.group)}
     _product_kernel[triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),](
-        a.payload, b.payload, a.scale, b.scale, bias, y, M, N, K, 0 if bias is None else bias.shape[0],
+        TensorDescriptor.from_tensor(a.payload, [tile["BM"], tile["BK"]]),
+        TensorDescriptor.from_tensor(b.payload, [tile["BN"], tile["BK"]]),
+        a.scale, b.scale, bias, y, M, N, K, 0 if bias is None else bias.shape[0],
         GROUP_A=a.group, GROUP_B=b.group, BIAS=bias is not None, enable_fp_fusion=True, **tile,
     )  # fmt: skip
     return y

@@ -1,0 +1,143 @@
+"""Linear layers: forward products, with and without quantising the activation, and whole training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from mxfp4_kernels.matmul import blocks, fp8, w8a8
+from report import Row
+from timing import launched_ms, median_ms, random
+
+from mxfp4_rl import ModelRecipe, QuantRecipe
+from mxfp4_rl.nn import MXFP4Linear
+from mxfp4_rl.quant import fake_quantize
+
+PLAIN, MBS, OF = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+of"))
+SMALL_MBS = QuantRecipe.parse("mxfp4+mbs32")
+
+
+def _of_rows(make: Callable, recipe: QuantRecipe) -> Callable:
+    return lambda x: make(x, rows=recipe)[0]
+
+
+def _scaled_mm_fast(a, b):
+    """The row-wise product with the tensor core's own accumulation, as FP8 libraries use it by default."""
+    return torch._scaled_mm(
+        a.container.payload,
+        b.container.payload.t(),
+        scale_a=a.container.scale.unsqueeze(1),
+        scale_b=b.container.scale.unsqueeze(0),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _triton(a, b):
+    return blocks.product(a, b, backend="triton")
+
+
+def _bf16(x, w):
+    return x @ w.t()
+
+
+# name -> how x and w become operands, and how those are multiplied
+PRODUCTS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "W4A4": (_of_rows(fp8.operands, PLAIN), _of_rows(fp8.operands, PLAIN), fp8.product),
+    "W4A4, fast": (_of_rows(fp8.operands, PLAIN), _of_rows(fp8.operands, PLAIN), _scaled_mm_fast),
+    "W4A4, 1x128": (_of_rows(blocks.operands, PLAIN), _of_rows(blocks.operands, PLAIN), blocks.product),
+    "W4A4 MBS on weights": (_of_rows(blocks.operands, PLAIN), _of_rows(blocks.operands, MBS), blocks.product),
+    "W4A4 MBS on both": (_of_rows(blocks.operands, MBS), _of_rows(blocks.operands, MBS), blocks.product),
+    "W4A4 MBS on both, Triton": (_of_rows(blocks.operands, MBS), _of_rows(blocks.operands, MBS), _triton),
+    "W4A4 MBS 32 on both": (_of_rows(blocks.operands, SMALL_MBS), _of_rows(blocks.operands, SMALL_MBS), blocks.product),
+    "W4A4 OF on weights, BF16": (lambda x: fake_quantize(x, PLAIN), lambda w: fake_quantize(w, OF), _bf16),
+    "W4A4 OF on both, BF16": (lambda x: fake_quantize(x, OF), lambda w: fake_quantize(w, OF), _bf16),
+    "W8A8": (w8a8.Operand, w8a8.Operand, w8a8.product),
+    "W8A8, fast": (w8a8.Operand, w8a8.Operand, lambda a, b: w8a8.product(a, b, fast=True)),
+    "W4A4 by QDQ in PyTorch": (
+        lambda x: fake_quantize(x, PLAIN, backend="reference"),
+        lambda w: fake_quantize(w, PLAIN, backend="reference"),
+        _bf16,
+    ),
+}
+_NOT_ALONE = "W4A4 by QDQ in PyTorch"  # its product is the BF16 one
+
+
+def products(shapes: dict[str, tuple[int, int]], tokens: int) -> Iterator[Row]:
+    """Ratios to `torch.matmul` in BF16: the product alone, and with the activation's quantisation."""
+    for name, (out, features) in shapes.items():
+        yield from _products(f"{name}, {out} x {features}", out, features, tokens, tuple(PRODUCTS))
+
+
+def sweep(shape: tuple[str, tuple[int, int]], counts: tuple[int, ...]) -> Iterator[Row]:
+    """The same for one shape over the number of tokens."""
+    name, (out, features) = shape
+    for tokens in counts:
+        for row in _products(f"{tokens} tokens", out, features, tokens, ("W4A4", "W4A4, 1x128", "W4A4 MBS on both", "W8A8")):
+            row.section = row.section.replace("Forward", f"{name} over the number of tokens: forward")
+            yield row
+
+
+def _products(case: str, out: int, features: int, tokens: int, variants: tuple[str, ...]) -> Iterator[Row]:
+    xs, (w,) = random(tokens, features), random(out, features, copies=1)
+    flops, moved = 2 * tokens * out * features, 2 * tokens * out
+    alone, whole = "Forward product, against BF16", "Forward with the activation's quantisation, against BF16"
+    bf16 = median_ms(lambda x: _bf16(x, w), xs)
+    for section in (alone, whole):
+        yield Row(section, case, "BF16", bf16, None, flops, moved + 2 * features * (tokens + out))
+    for variant in variants:
+        width = 2 if "BF16" in variant or "QDQ" in variant else 1  # bytes of an element when it is multiplied
+        for section in (alone, whole):
+            if section == alone and variant == _NOT_ALONE:
+                continue
+            try:
+                ms = _forward_ms(*PRODUCTS[variant], xs, w, quantise=section == whole)
+                size = moved + (
+                    features * (2 * tokens + width * out) if section == whole else width * features * (tokens + out)
+                )
+                yield Row(section, case, variant, ms, bf16 / ms, flops, size)
+            except Exception as error:  # one that cannot run here must not end the rest
+                yield Row(section, case, variant, error=f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _forward_ms(of_x, of_w, multiply, xs, w, quantise: bool) -> float:
+    b = of_w(w)
+    if quantise:
+        return median_ms(lambda x: multiply(of_x(x), b), xs)
+    return median_ms(lambda a: multiply(a, b), [of_x(x) for x in xs])
+
+
+RECIPES = {
+    "mx": ModelRecipe(grad=PLAIN, dgrad="mx", wgrad="mx", product="fp8"),
+    "ste": ModelRecipe(product="fp8"),
+    "mx, MBS": ModelRecipe(weight=MBS, activation=MBS, grad=MBS, dgrad="mx", wgrad="mx", product="fp8"),
+    "ste, MBS": ModelRecipe(weight=MBS, activation=MBS, product="fp8"),
+    "ste, MBS + OF": ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs+of"), activation=QuantRecipe.parse("mxfp4+mbs+of")),
+}
+
+
+def steps(shapes: dict[str, tuple[int, int]], tokens: int) -> Iterator[Row]:
+    """Whole steps of a layer against `nn.Linear`: forward, dgrad, wgrad and every quantisation, the weight's too."""
+    for name, (out, features) in shapes.items():
+        xs, (g,) = random(tokens, features), random(tokens, out, copies=1)
+        xs = [x.requires_grad_() for x in xs]
+        case, bf16 = f"{name}, {out} x {features}", {}
+        for kind in ("BF16", *RECIPES):
+            layer = torch.nn.Linear(features, out, bias=False, device=g.device, dtype=torch.bfloat16)
+            if kind != "BF16":
+                MXFP4Linear.swap(layer, name, RECIPES[kind])
+
+            def step(x, layer=layer, g=g):
+                layer.weight.grad = x.grad = None
+                if isinstance(layer, MXFP4Linear):
+                    layer.release()
+                layer(x).backward(g)
+
+            for how, time in (("", median_ms), (", launched by Python", launched_ms)):
+                section = f"Step of a layer{how}, against nn.Linear in BF16"
+                try:
+                    ms = time(step, xs)
+                    ratio = bf16.setdefault(how, ms) / ms
+                    yield Row(section, case, kind, ms, None if kind == "BF16" else ratio, 6 * tokens * out * features)
+                except Exception as error:
+                    yield Row(section, case, kind, error=f"{type(error).__name__}: {str(error)[:200]}")
