@@ -31,8 +31,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from mxfp4_kernels.container.blocks import containers
 from mxfp4_kernels.container.triton import container
-from mxfp4_kernels.matmul import blocks, fp8, native, w8a8
+from mxfp4_kernels.matmul import blocks, fp8, grouped, native, w8a8
 from mxfp4_kernels.matmul.decode import decode_product
+from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
 from mxfp4_kernels.quantize.triton import operand, packed
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -70,7 +71,7 @@ class Case:
         capabilities: to compile for, 90 is the H100.
         expect: regular expressions for the PTX, by kernel.
         constants: instead of the host's own, where it asks whether it runs on a GPU.
-        spilling: kernels that do spill, and are the slow ones of kernels/README.md.
+        spilling: kernels that do spill: the slow ones of kernels/README.md, and those that hold two programs a multiprocessor.
     """
 
     name: str
@@ -174,6 +175,27 @@ CASES = [
     ),
     Case("decode, one row", lambda: decode_product(meta(1, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
     Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
+    Case(
+        "grouped product",
+        lambda: grouped.grouped_product(meta(2048, 4096), meta(8, 1024, 4096), meta(9, dtype=torch.int32)),
+        expect={"_product_kernel": r"wgmma\S*bf16"},
+    ),
+    Case(
+        "grouped product of containers",
+        lambda: grouped.grouped_product(
+            fp8.Operand(meta(2048, 4096), PLAIN), Experts(meta(8, 1024, 4096), PLAIN), meta(9, dtype=torch.int32)
+        ),
+        expect={"_product_kernel": r"wgmma\S*e4m3"},
+        spilling=("_product_kernel",),
+    ),
+    Case(
+        "grouped wgrad of containers",
+        lambda: grouped.grouped_wgrad(
+            *(Tokens(meta(2048, n), PLAIN, meta(9, dtype=torch.int32)) for n in (1024, 4096)), meta(9, dtype=torch.int32)
+        ),
+        expect={"_tokens_kernel": TO_FP8, "_wgrad_kernel": r"wgmma\S*e4m3"},
+        spilling=("_wgrad_kernel",),
+    ),
     Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": r"wgmma\S*bf16"}),
 ]
 

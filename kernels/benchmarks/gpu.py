@@ -12,6 +12,7 @@ from pathlib import Path
 
 import decode
 import dense
+import experts
 import report
 import shapes
 import tensors
@@ -29,6 +30,13 @@ SECTIONS = {
         ("Llama-3.1-8B o", DENSE["Llama-3.1-8B o"]) if GPU else ("tiny", (48, 64)), shapes.SWEEP[: 99 if GPU else 1]
     ),
     "decode": lambda: decode.products({**shapes.SQUARE, **DENSE} if GPU else DENSE, (1, 4, 16, 32, 64) if GPU else (2,)),
+    "experts": lambda: (
+        experts.products(
+            shapes.EXPERTS, shapes.EXPERT_COUNT, tuple(n * shapes.EXPERTS_PER_TOKEN for n in (1, 64, 1024, TOKENS))
+        )
+        if GPU
+        else experts.products(shapes.TINY, 3, (40,))
+    ),
     "steps": lambda: dense.steps(DENSE, TOKENS),
 }
 
