@@ -276,8 +276,9 @@ class ModelRecipe:
             quantise-dequantise emulation with a straight-through estimator computes); "bf16": the unquantised operand;
             "mx": both operands quantised again along that product's own contraction axis (needs `grad`).
         product: what multiplies. "bf16": the dequantised operands, in the compute dtype. "fp8": FP8 tensor cores on the same
-            operands, bit for bit, in the forward product and in "mx" backward products; needs a fixed scale rule, static macro
-            blocks or none, no fallback, and a GPU of compute capability 8.9 or later.
+            operands, bit for bit (with macro blocks, before they are rounded to the compute dtype), in the forward product and
+            in "mx" backward products; needs a fixed scale rule, static macro blocks or none, no fallback, and a GPU of compute
+            capability 8.9 or later.
         overrides: pattern -> QuantRecipe keys to change, for every quantised operand of the layers it matches; where several
             match, the later one wins key by key. A plain string matches a whole dotted name or its last parts, "re:..." is a
             regular expression searched in the dotted name.

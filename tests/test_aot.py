@@ -31,9 +31,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from mxfp4_kernels.container.blocks import containers
 from mxfp4_kernels.container.triton import container
+from mxfp4_kernels.error_stats.triton import partial_sums
 from mxfp4_kernels.matmul import blocks, fp8, grouped, native, w8a8
 from mxfp4_kernels.matmul.decode import decode_product
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
+from mxfp4_kernels.quantize.dequantize import dequantize
 from mxfp4_kernels.quantize.triton import operand, packed
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -122,7 +124,7 @@ def quantised(rows, length, residual=False):
     return native.Operand(MXFP4Tensor(*one_pass(), residual=second, alpha=0.5 if residual else 0.0))
 
 
-def weight(rows, length):
+def tensor(rows, length):
     codes, scales = (meta(rows, length // n, dtype=torch.uint8) for n in (2, 32))
     return MXFP4Tensor(codes, scales, torch.Size((rows, length)), 1)
 
@@ -173,8 +175,16 @@ CASES = [
         lambda: w8a8.quantize_rows(meta(512, 4096).t()),
         expect={"_column_amax_kernel": "atom", "_columns_kernel": TO_FP8},
     ),
-    Case("decode, one row", lambda: decode_product(meta(1, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
-    Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), weight(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
+    Case("dequantise", lambda: dequantize(tensor(512, 4096), torch.bfloat16), (80, 90)),
+    Case(
+        "error statistics",
+        lambda: partial_sums(meta(512, 4096), PLAIN),
+        (80, 90),
+        constants={"ASSEMBLY": True},
+        spilling=("_sums_kernel",),
+    ),
+    Case("decode, one row", lambda: decode_product(meta(1, 4096), tensor(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
+    Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), tensor(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
     Case(
         "grouped product",
         lambda: grouped.grouped_product(meta(2048, 4096), meta(8, 1024, 4096), meta(9, dtype=torch.int32)),

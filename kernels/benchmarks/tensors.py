@@ -65,6 +65,6 @@ def bandwidths(shapes: tuple[tuple[int, int], ...]) -> Iterator[Row]:
 def _time(kernel, recipe, work, xs) -> float:
     if kernel != "error statistics" or not torch.cuda.is_available():
         return median_ms(work, xs)
-    from mxfp4_kernels.error_stats.triton import sums  # the sums on the device, without the copy to the host
+    from mxfp4_kernels.error_stats.triton import partial_sums  # on the device, without the copy to the host
 
-    return median_ms(lambda x: sums(x, recipe, 1), xs)
+    return median_ms(lambda x: partial_sums(x, recipe).sum(0), xs)

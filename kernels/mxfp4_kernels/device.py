@@ -19,6 +19,8 @@ from mxfp4_rl.recipe import QuantRecipe
 
 BLOCK = 32
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # kernels run on a CPU, by Triton's interpreter
+# Neighbouring threads take neighbours along the last of the axes that are not contiguous; until Triton 3.6 along the first.
+LAST_AXIS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 
 
 @functools.cache
@@ -75,15 +77,20 @@ def load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM: tl.constexpr, BK: 
     The order of the axes while it is loaded is what makes Triton give a thread whole blocks of two neighbouring columns: a warp
     reads whole cache lines, and nothing is exchanged between threads to find a block's scale.
     """
-    row = tl.arange(0, 32)[:, None, None, None]
     pair = tl.arange(0, BK // 2)[None, :, None, None]
-    block = tl.arange(0, BM // 32)[None, None, :, None]
     one = tl.arange(0, 2)[None, None, None, :]
+    if LAST_AXIS_FIRST:
+        row = tl.arange(0, 32)[:, None, None, None]
+        block = tl.arange(0, BM // 32)[None, None, :, None]
+    else:
+        block = tl.arange(0, BM // 32)[:, None, None, None]
+        row = tl.arange(0, 32)[None, None, :, None]
     rows, columns = block * 32 + row, pair * 2 + one
     tile_ptr = x_ptr + m0.to(tl.int64) * stride_m + k0.to(tl.int64) * stride_k
     mask = (rows < M - m0) & (columns < K - k0)
     x = tl.load(tile_ptr + (rows * stride_m + columns * stride_k), mask=mask, other=0.0)
-    return tl.reshape(tl.permute(x, (1, 3, 2, 0)), (BK, BM // 32, 32)).to(tl.float32)
+    x = tl.permute(x, (1, 3, 2, 0) if LAST_AXIS_FIRST else (1, 3, 0, 2))
+    return tl.reshape(x, (BK, BM // 32, 32)).to(tl.float32)
 
 
 @triton.jit
@@ -143,11 +150,11 @@ def over_factor(x, factor):
     """x (R, blocks, 32) over the factors (R, blocks) of its macro blocks, correctly rounded.
 
     A reciprocal a block, and two fused multiply-adds an element that correct the product with it (Markstein, 1990); not for
-    numbers so small that the correction would be rounded: a tile with such numbers is divided.
+    numbers so small or large that the correction would be rounded or overflow: a tile with such numbers is divided.
     """
     magnitude = largest_magnitude(x, 2)
-    small = (magnitude > 0) & (magnitude < 2.0**-90)
-    if tl.max(tl.max(small.to(tl.int32), axis=1), axis=0) > 0:
+    extreme = (magnitude > 0) & ((magnitude < 2.0**-90) | (magnitude > 2.0**120))
+    if tl.max(tl.max(extreme.to(tl.int32), axis=1), axis=0) > 0:
         x = tl.div_rn(x, tl.broadcast_to(factor[:, :, None], x.shape))
     else:
         divisor = tl.broadcast_to(factor[:, :, None], x.shape)

@@ -1,4 +1,7 @@
-"""The quantised Linear's products on FP8 tensor cores: the operands of `linear.py`, bit for bit, as containers.
+"""The quantised Linear's products on FP8 tensor cores: the operands of `linear.py` as containers.
+
+Plain operands are the same bits. Operands with macro blocks are a float32 scale times E4M3, where `linear.py` rounds them to
+the compute dtype: closer to what the recipe says, by up to 2^-9 of an element away from what a BF16 product sees.
 
 The forward product is W4A4 in FP8. Backward products of kind "mx" are too, where containers hold the gradient's recipe; "ste"
 and "bf16" products have an unquantised gradient, or an operand blocked along the wrong axis, and stay BF16. Whatever a step

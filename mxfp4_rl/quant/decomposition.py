@@ -28,7 +28,7 @@ from mxfp4_rl.quant.blocks import over_tiles
 from mxfp4_rl.quant.elements import E2M1_MAX, round_e2m1
 from mxfp4_rl.quant.hadamard import rotate_back
 from mxfp4_rl.quant.passes import Chunk
-from mxfp4_rl.quant.quantizer import fake_quantize, passes, rows_of
+from mxfp4_rl.quant.quantizer import check, fake_quantize, passes, rows_of, triton_module
 from mxfp4_rl.quant.scales import divided, rounded_up_scale
 from mxfp4_rl.quant.tensor import axis_back
 from mxfp4_rl.recipe import QuantRecipe, RecipeError
@@ -230,13 +230,24 @@ class ErrorStats:
         return {n: e / self.first_error for n, e in energies.items()} if self.first_error > 0 else {}
 
 
-def error_stats(x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, seed: int | None = None) -> ErrorStats:
+def error_stats(
+    x: torch.Tensor,
+    recipe: QuantRecipe | None = None,
+    axis: int = -1,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> ErrorStats:
     """Energies of the error parts of `x`, pooled over its finite blocks. Args and errors as `quantize`.
+
+    Backends give the same counts for bfloat16 and float16, and energies within float32 rounding.
 
     For a recipe that rotates the parts and the counts are those of the rotated tensor, padded to whole rotations; `error` and
     `product` are of what comes back.
     """
     recipe = recipe or QuantRecipe()
+    check(x, axis)
+    if kernels := triton_module("error_stats.triton", x, recipe, backend):
+        return kernels.error_stats(x.detach(), recipe, axis % x.ndim)
     rows, chunks = passes(x, recipe, axis, seed)
     counted = torch.arange(rows.width, device=x.device).view(rows.blocks, -1) < (rows.width if recipe.hadamard else rows.length)
     sums = ErrorStats()

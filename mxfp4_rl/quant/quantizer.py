@@ -7,6 +7,7 @@ chunk, and agree to the bit. On CUDA, recipes that the Triton kernels know run t
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axi
 from mxfp4_rl.recipe import QuantRecipe
 
 _QUANTIZERS = {"mxfp4": MXFP4Quantizer, "nvfp4": NVFP4Quantizer}
+_KERNELS = "quantize.triton"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,8 +46,8 @@ def quantize(
         exist, is not there, or does not know the recipe.
     """
     recipe = recipe or QuantRecipe()
-    _check(x, axis)
-    if kernels := _kernels(x, recipe, backend):
+    check(x, axis)
+    if kernels := triton_module(_KERNELS, x, recipe, backend):
         return kernels.packed(x.detach(), recipe, axis % x.ndim)
     rows = Rows(x.detach(), axis, recipe)
     quantizer, chunks = _passes(rows, recipe, seed)
@@ -92,8 +94,8 @@ def fake_quantize(
     Args and errors as `quantize`; `dtype` defaults to that of `x`. The result has the shape of `x` and no gradient.
     """
     recipe = recipe or QuantRecipe()
-    _check(x, axis)
-    if kernels := _kernels(x, recipe, backend):
+    check(x, axis)
+    if kernels := triton_module(_KERNELS, x, recipe, backend):
         return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype)
     rows = Rows(x.detach(), axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
@@ -132,24 +134,29 @@ def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool
 
 def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:
     """`x` as rows along `axis`; errors as `quantize`."""
-    _check(x, axis)
+    check(x, axis)
     return Rows(x.detach(), axis, recipe)
 
 
 def backend_for(recipe: QuantRecipe, device: torch.device) -> str:
     """What `backend=None` runs a recipe with on a device: "triton" or "reference"."""
-    return "reference" if _kernels(torch.empty(0, device=device), recipe, None) is None else "triton"
+    return "reference" if triton_module(_KERNELS, torch.empty(0, device=device), recipe, None) is None else "triton"
 
 
-def _kernels(x: torch.Tensor, recipe: QuantRecipe, backend: str | None):
-    """The module of Triton kernels to use, or None for the reference."""
+def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str | None):
+    """Module `name` of mxfp4_kernels if `backend` and the recipe have Triton run on x, or None for the reference.
+
+    Raises:
+        ValueError: as `quantize`.
+    """
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend={backend!r} is not one of 'reference', 'triton', None")
     if backend == "reference" or (backend is None and not x.is_cuda):
         return None
     try:
         from mxfp4_kernels.device import supports
-        from mxfp4_kernels.quantize import triton as kernels
+
+        kernels = importlib.import_module(f"mxfp4_kernels.{name}")
     except ImportError as error:
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot be loaded ({error}): install triton, or use 'reference'") from error
@@ -161,7 +168,8 @@ def _kernels(x: torch.Tensor, recipe: QuantRecipe, backend: str | None):
     return kernels
 
 
-def _check(x: torch.Tensor, axis: int) -> None:
+def check(x: torch.Tensor, axis: int) -> None:
+    """Raise `quantize`'s TypeError or IndexError."""
     if x.dtype not in _FLOATS:
         raise TypeError(f"cannot quantise {x.dtype}; give float32, bfloat16 or float16")
     if not -x.ndim <= axis < x.ndim:

@@ -118,6 +118,11 @@ class MXFP4Tensor(QuantizedTensor):
     def block_scales(self) -> torch.Tensor:
         return exp2_byte(self.scales)
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """x_hat in the original shape, contiguous on CUDA; computed in float32, then cast to `dtype`."""
+        kernels = _kernels() if self.codes.is_cuda and dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+        return kernels.dequantize(self, dtype) if kernels and kernels.supports(self) else super().dequantize(dtype)
+
     def _dequantize_rows(self, r: slice, rows: int) -> torch.Tensor:
         x = super()._dequantize_rows(r, rows)
         if self.residual is not None:
@@ -151,6 +156,14 @@ class NVFP4Tensor(QuantizedTensor):
 
     def block_scales(self) -> torch.Tensor:
         return self.scales.view(torch.float8_e4m3fn).float() * self.tensor_scale
+
+
+def _kernels():
+    try:
+        from mxfp4_kernels.quantize import dequantize
+    except ImportError:
+        return None
+    return dequantize
 
 
 def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

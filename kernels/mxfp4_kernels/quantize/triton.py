@@ -6,13 +6,12 @@ program takes a tile: whole cache lines of rows, or a block of 32 rows of 64 col
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 
 from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, over_factor, two_passes
+from mxfp4_kernels.views import matrices, merges
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -83,8 +82,8 @@ def _packed_kernel(
 def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype) -> torch.Tensor:
     """`fake_quantize` of a contiguous or strided tensor; the result is contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    merged = _merges(x, axis) and _merges(out, axis)
-    for x_matrix, out_matrix in zip(_matrices(x, axis, merged), _matrices(out, axis, merged), strict=True):
+    merged = merges(x, axis) and merges(out, axis)
+    for x_matrix, out_matrix in zip(matrices(x, axis, merged), matrices(out, axis, merged), strict=True):
         M, K = x_matrix.shape
         tile, grid = _tiling(x_matrix, recipe)
         _operand_kernel[grid](
@@ -106,7 +105,7 @@ def packed(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> MXFP4Tensor:
     passes = [(store(blocks * 16), store(blocks)) for _ in range(1 + (recipe.fallback_alpha is not None))]
     macro = store(-(-length // recipe.macro_size), torch.float32) if recipe.macro_block else None
     start = 0
-    for matrix in _matrices(x, axis, _merges(x, axis)):
+    for matrix in matrices(x, axis, merges(x, axis)):
         M, K = matrix.shape
         tile, grid = _tiling(matrix, recipe)
         own = [[t.view(-1, t.shape[-1])[start : start + M] for t in one] for one in passes]
@@ -120,25 +119,6 @@ def packed(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> MXFP4Tensor:
         built = MXFP4Tensor(codes, scales, x.shape, axis, residual=built)
     built.macro, built.macro_size, built.alpha = macro, recipe.macro_size, recipe.fallback_alpha or 0.0
     return built
-
-
-def _merges(x: torch.Tensor, axis: int) -> bool:
-    """Whether the axes other than `axis` are one axis of a constant stride."""
-    lead = [(n, s) for n, s in zip(x.movedim(axis, -1).shape[:-1], x.movedim(axis, -1).stride()[:-1]) if n != 1]
-    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(lead))
-
-
-def _matrices(x: torch.Tensor, axis: int, merged: bool) -> list[torch.Tensor]:
-    """Views of x, the quantised axis last, that cover it in the order of its rows: one if the other axes merge."""
-    moved = x.movedim(axis, -1)
-    if not moved.numel():
-        return []
-    if moved.ndim == 1:
-        return [moved.unsqueeze(0)]
-    if merged:
-        strides = [s for n, s in zip(moved.shape[:-1], moved.stride()[:-1]) if n != 1]
-        return [moved.as_strided((moved[..., 0].numel(), moved.shape[-1]), (strides[-1] if strides else 0, moved.stride(-1)))]
-    return [matrix for part in moved.unbind(0) for matrix in _matrices(part, -1, _merges(part, -1))]
 
 
 def _tiling(x: torch.Tensor, recipe: QuantRecipe) -> tuple[dict[str, int], tuple[int, int]]:

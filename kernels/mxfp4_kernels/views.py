@@ -1,0 +1,26 @@
+"""Tensors of any shape and strides as matrices whose last axis is the quantised one, without a copy."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+
+def merges(x: torch.Tensor, axis: int) -> bool:
+    """Whether the axes other than `axis` are one axis of a constant stride."""
+    lead = [(n, s) for n, s in zip(x.movedim(axis, -1).shape[:-1], x.movedim(axis, -1).stride()[:-1]) if n != 1]
+    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(lead))
+
+
+def matrices(x: torch.Tensor, axis: int, merged: bool) -> list[torch.Tensor]:
+    """Views of x, the quantised axis last, that cover it in the order of its rows: one if the other axes merge."""
+    moved = x.movedim(axis, -1)
+    if not moved.numel():
+        return []
+    if moved.ndim == 1:
+        return [moved.unsqueeze(0)]
+    if merged:
+        strides = [s for n, s in zip(moved.shape[:-1], moved.stride()[:-1]) if n != 1]
+        return [moved.as_strided((moved[..., 0].numel(), moved.shape[-1]), (strides[-1] if strides else 0, moved.stride(-1)))]
+    return [matrix for part in moved.unbind(0) for matrix in matrices(part, -1, merges(part, -1))]
