@@ -64,8 +64,9 @@ def tables(rows: Iterable[Row]) -> str:
 def write(folder: Path, about: dict[str, str], rows: list[Row]) -> None:
     """results.json, results.md and roofline.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {**about, "rows": [{k: v for k, v in dataclasses.asdict(row).items() if v} for row in rows]}
-    (folder / "results.json").write_text(json.dumps(document, indent=0) + "\n")
+    lines = [json.dumps({k: v for k, v in dataclasses.asdict(row).items() if v}) for row in rows]
+    head = json.dumps({**about, "rows": []})[:-2]
+    (folder / "results.json").write_text(head + "\n" + ",\n".join(lines) + "\n]}\n")
     heading = ", ".join(f"{k} {v}" if k in ("torch", "triton", "python") else v for k, v in about.items())
     (folder / "results.md").write_text(f"{heading}\n{tables(rows)}")
     roofline(rows, folder / "roofline.png", heading)
