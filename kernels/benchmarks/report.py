@@ -1,9 +1,14 @@
-"""What a benchmark measured: one row a number, as JSON, as tables of ratios, and as a roofline."""
+"""What a benchmark measured: one row a number, as JSON, as tables of ratios, and as a roofline.
+
+`python kernels/benchmarks/report.py FOLDER` draws tables and roofline anew from the folder's results.json.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +72,19 @@ def write(folder: Path, about: dict[str, str], rows: list[Row]) -> None:
     lines = [json.dumps({k: v for k, v in dataclasses.asdict(row).items() if v}) for row in rows]
     head = json.dumps({**about, "rows": []})[:-2]
     (folder / "results.json").write_text(head + "\n" + ",\n".join(lines) + "\n]}\n")
+    draw(folder)
+
+
+def draw(folder: Path) -> None:
+    """results.md and roofline.png of a folder's results.json; without matplotlib no roofline, and a word about it."""
+    about = json.loads((folder / "results.json").read_text())
+    rows = [Row(**row) for row in about.pop("rows")]
     heading = ", ".join(f"{k} {v}" if k in ("torch", "triton", "python") else v for k, v in about.items())
     (folder / "results.md").write_text(f"{heading}\n{tables(rows)}")
-    roofline(rows, folder / "roofline.png", heading)
+    if importlib.util.find_spec("matplotlib"):
+        roofline(rows, folder / "roofline.png", heading)
+    else:
+        print(f"no roofline: matplotlib is not installed (later: python kernels/benchmarks/report.py {folder})")
 
 
 def roofline(rows: Iterable[Row], path: Path, title: str) -> None:
@@ -99,3 +114,7 @@ def roofline(rows: Iterable[Row], path: Path, title: str) -> None:
         axes.legend(fontsize=7, loc="upper left", ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
