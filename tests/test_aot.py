@@ -1,7 +1,11 @@
-"""Every kernel compiled ahead of time, without a GPU: that it compiles, to the instructions it is written for, without spills.
+"""Every kernel compiled ahead of time, without a GPU: to the instructions it is written for, and with no more register spills
+than it is known to have.
 
 The calls in CASES are recorded instead of launched, so what is compiled is what the host code launches: the same argument
-types, the same constants, the same options. A new kernel is a new row.
+types, the same constants, the same options. A new kernel is a new row. All are compiled for capability 9.0, in the variants
+that differ most (rows and columns, with corrections and without), not in every combination of recipe, dtype and shape.
+Operands, codes, dequantisation, error statistics and decode products are compiled for 8.0 too; what converts to FP8 needs 8.9,
+and grouped products TMA, which is 9.0's. The native product is compiled for 10.0 and 12.0, and for 9.0 in BF16.
 
 What compilation cannot prove: that the numbers are right (`tests/kernels`, on a CPU under the interpreter or on a GPU), and how
 fast they come. The native product (capability 10 and 12) has run on no GPU that has the instruction: what a scale byte of 255
@@ -44,6 +48,8 @@ from mxfp4_rl import QuantRecipe
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
 PLAIN, MBS, BOTH = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of0.5"))
+MBS32, MBS256 = (QuantRecipe.parse(name) for name in ("mxfp4+mbs32", "mxfp4+mbs256"))
+MMA, WGMMA, WGMMA_FP8 = r"mma\.sync\S*bf16", r"wgmma\S*bf16", r"wgmma\S*e4m3"
 TO_FP8 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 BLOCK_SCALED = {  # by compute capability
     100: r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.(scale_vec::2X|block32)",
@@ -73,7 +79,8 @@ class Case:
         capabilities: to compile for, 90 is the H100.
         expect: regular expressions for the PTX, by kernel.
         constants: instead of the host's own, where it asks whether it runs on a GPU.
-        spilling: kernels that do spill: the slow ones of kernels/README.md, and those that hold two programs a multiprocessor.
+        spilling: kernels that do spill (the slow ones of kernels/README.md, and those that hold two programs a multiprocessor),
+            and the most instructions that may: half as many again as the worse of Triton 3.6 and 3.9 writes.
     """
 
     name: str
@@ -81,7 +88,7 @@ class Case:
     capabilities: tuple[int, ...] = (90,)
     expect: dict[str, str] = field(default_factory=dict)
     constants: dict[str, object] = field(default_factory=dict)
-    spilling: tuple[str, ...] = ()
+    spilling: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,14 +104,23 @@ class Launch:
 
 @dataclass
 class Compiled:
-    """The PTX, and the SASS as nvdisasm prints it."""
+    """The PTX, and the file of the machine code."""
 
     ptx: str
-    sass: str
+    cubin: Path
 
     def spills(self) -> int:
         """Instructions that store registers to local memory, or load them."""
-        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass))
+        stack = re.search(r"STACK:(\d+)", self._printed("cuobjdump", "--dump-resource-usage"))
+        if stack[1] == "0":  # disassembling takes a thousand times as long as asking
+            return 0
+        sass = self._printed("nvdisasm", "-c")
+        assert "EXIT" in sass
+        return len(re.findall(r"\b(?:STL|LDL)\b", sass))
+
+    def _printed(self, tool: str, option: str) -> str:
+        path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+        return subprocess.run([path, option, self.cubin], capture_output=True, text=True, check=True).stdout
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -124,9 +140,17 @@ def quantised(rows, length, residual=False):
     return native.Operand(MXFP4Tensor(*one_pass(), residual=second, alpha=0.5 if residual else 0.0))
 
 
-def tensor(rows, length):
-    codes, scales = (meta(rows, length // n, dtype=torch.uint8) for n in (2, 32))
-    return MXFP4Tensor(codes, scales, torch.Size((rows, length)), 1)
+def tensor(rows, length, axis=1, macro_size=0):
+    """Of `rows` quantised rows of `length`, with a second pass and a factor every `macro_size` elements if that is not 0."""
+
+    def one_pass(**more):
+        codes, scales = (meta(rows, length // n, dtype=torch.uint8) for n in (2, 32))
+        return MXFP4Tensor(codes, scales, torch.Size((rows, length) if axis else (length, rows)), axis, **more)
+
+    if not macro_size:
+        return one_pass()
+    macro = meta(rows, length // macro_size, dtype=torch.float32)
+    return one_pass(macro=macro, macro_size=macro_size, residual=one_pass(), alpha=0.5)
 
 
 def native_product(capability, N, residual=False, bias=None, out_dtype=torch.bfloat16):
@@ -139,19 +163,19 @@ CASES = [
     Case("operand, columns", lambda: operand(meta(512, 4096), PLAIN, 0, torch.bfloat16), (80, 90)),
     Case("operand, both corrections", lambda: operand(meta(512, 4096), BOTH, 1, torch.bfloat16)),
     Case("codes", lambda: packed(meta(512, 4096), PLAIN, 1), (80, 90)),
-    Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0), spilling=("_packed_kernel",)),
+    Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0), spilling={"_packed_kernel": 24}),
     Case("container", lambda: container(meta(512, 4096), PLAIN), expect={"_rows_kernel": TO_FP8}),
     Case("container, long rows", lambda: container(meta(512, 11008), PLAIN), expect={"_rows_kernel": TO_FP8}),
     Case(
         "container, columns, both corrections",
         lambda: container(meta(512, 4096).t(), BOTH),
-        expect={"_spans_kernel": "atom", "_payloads_kernel": TO_FP8},
-        spilling=("_spans_kernel", "_payloads_kernel"),
+        expect={"_payloads_kernel": TO_FP8},
+        spilling={"_spans_kernel": 370, "_payloads_kernel": 638},
     ),
     Case(
         "product of containers",
         lambda: fp8.product(*(fp8.operands(meta(rows, 4096), PLAIN)[0] for rows in (512, 1024))),
-        expect={"_rows_kernel": TO_FP8, "_repair_kernel": "ld.global"},
+        expect={"_rows_kernel": TO_FP8},
     ),
     Case(
         "container of blocks, rows and columns",
@@ -160,53 +184,99 @@ CASES = [
     ),
     Case(
         "container of blocks, macro blocks",
-        lambda: containers(meta(512, 4096), rows=MBS, columns=MBS, operand=torch.bfloat16),
+        lambda: containers(meta(512, 4096), rows=MBS, columns=MBS, operand_dtype=torch.bfloat16),
+        expect={"_tile_kernel": TO_FP8},
+    ),
+    Case(
+        "container of blocks, macro blocks of 32",
+        lambda: containers(meta(512, 4096), rows=MBS32, operand_dtype=torch.bfloat16),
         expect={"_tile_kernel": TO_FP8},
     ),
     Case(
         "product of containers of blocks",
         lambda: blocks.product(*(blocks.operands(meta(n, 4096), rows=MBS)[0] for n in (512, 1024)), backend="triton"),
-        expect={"_product_kernel": r"wgmma\S*e4m3", "_repair_kernel": "ld.global"},
+        expect={"_product_kernel": WGMMA_FP8},
+    ),
+    Case(
+        "containers of blocks and their product, macro blocks of 256",
+        lambda: blocks.product(*blocks.operands(meta(4096, 4096), MBS256, MBS256, torch.bfloat16)[:2], backend="triton"),
+        expect={"_tile_kernel": TO_FP8, "_product_kernel": WGMMA_FP8},
+        spilling={"_tile_kernel": 816, "_repair_kernel": 314},
     ),
     Case("W8A8", lambda: w8a8.quantize_rows(meta(512, 4096)), expect={"_rows_kernel": TO_FP8}),
     Case("W8A8, long rows", lambda: w8a8.quantize_rows(meta(512, 20480)), expect={"_rows_kernel": TO_FP8}),
     Case(
         "W8A8, columns",
         lambda: w8a8.quantize_rows(meta(512, 4096).t()),
-        expect={"_column_amax_kernel": "atom", "_columns_kernel": TO_FP8},
+        expect={"_columns_kernel": TO_FP8},
     ),
     Case("dequantise", lambda: dequantize(tensor(512, 4096), torch.bfloat16), (80, 90)),
+    Case("dequantise, columns, both corrections", lambda: dequantize(tensor(4096, 512, 0, 128), torch.bfloat16)),
     Case(
         "error statistics",
         lambda: partial_sums(meta(512, 4096), PLAIN),
         (80, 90),
         constants={"ASSEMBLY": True},
-        spilling=("_sums_kernel",),
+        spilling={"_sums_kernel": 176},
     ),
-    Case("decode, one row", lambda: decode_product(meta(1, 4096), tensor(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
-    Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), tensor(4096, 4096)), expect={"dot_kernel": r"mma\S*bf16"}),
+    Case(
+        "error statistics, columns",
+        lambda: partial_sums(meta(512, 4096).t(), PLAIN),
+        constants={"ASSEMBLY": True},
+        spilling={"_sums_kernel": 152},
+    ),
+    Case("decode, one row", lambda: decode_product(meta(1, 4096), tensor(4096, 4096)), (80, 90), {"dot_kernel": MMA}),
+    Case("decode, 64 rows", lambda: decode_product(meta(64, 4096), tensor(4096, 4096)), expect={"dot_kernel": WGMMA}),
+    Case(
+        "decode, 64 rows, no wgmma",
+        lambda: decode_product(meta(64, 4096), tensor(4096, 4096)),
+        (80,),
+        {"dot_kernel": MMA},
+        spilling={"dot_kernel": 102},
+    ),
+    Case(
+        "decode, one row, both corrections",
+        lambda: decode_product(meta(1, 4096), tensor(4096, 4096, macro_size=128)),
+        expect={"dot_kernel": MMA},
+    ),
+    Case(
+        "decode, 64 rows, both corrections, macro blocks of 32",
+        lambda: decode_product(meta(64, 4096), tensor(4096, 4096, macro_size=32)),
+        expect={"dot_kernel": WGMMA},
+        spilling={"dot_kernel": 92},
+    ),
     Case(
         "grouped product",
         lambda: grouped.grouped_product(meta(2048, 4096), meta(8, 1024, 4096), meta(9, dtype=torch.int32)),
-        expect={"_product_kernel": r"wgmma\S*bf16"},
+        expect={"_product_kernel": WGMMA},
+    ),
+    Case(
+        "grouped product, transposed weights",
+        lambda: grouped.grouped_product(meta(2048, 4096), meta(8, 4096, 1024).transpose(1, 2), meta(9, dtype=torch.int32)),
+        expect={"_product_kernel": WGMMA},
     ),
     Case(
         "grouped product of containers",
         lambda: grouped.grouped_product(
             fp8.Operand(meta(2048, 4096), PLAIN), Experts(meta(8, 1024, 4096), PLAIN), meta(9, dtype=torch.int32)
         ),
-        expect={"_product_kernel": r"wgmma\S*e4m3"},
-        spilling=("_product_kernel",),
+        expect={"_product_kernel": WGMMA_FP8},
+        spilling={"_product_kernel": 72},
+    ),
+    Case(
+        "grouped wgrad",
+        lambda: grouped.grouped_wgrad(meta(2048, 1024), meta(2048, 4096), meta(9, dtype=torch.int32)),
+        expect={"_wgrad_kernel": WGMMA},
     ),
     Case(
         "grouped wgrad of containers",
         lambda: grouped.grouped_wgrad(
             *(Tokens(meta(2048, n), PLAIN, meta(9, dtype=torch.int32)) for n in (1024, 4096)), meta(9, dtype=torch.int32)
         ),
-        expect={"_tokens_kernel": TO_FP8, "_wgrad_kernel": r"wgmma\S*e4m3"},
-        spilling=("_wgrad_kernel",),
+        expect={"_tokens_kernel": TO_FP8, "_wgrad_kernel": WGMMA_FP8},
+        spilling={"_wgrad_kernel": 123},
     ),
-    Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": r"wgmma\S*bf16"}),
+    Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": WGMMA}),
 ]
 
 
@@ -255,10 +325,7 @@ def compiled(launch: Launch, capability: int, tmp_path: Path) -> Compiled:
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    sass = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    assert "EXIT" in sass
-    return Compiled(built.asm["ptx"], sass)
+    return Compiled(built.asm["ptx"], cubin)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +339,8 @@ def test_kernels_compile_to_the_instructions_they_are_written_for(case, capabili
         launch.constants.update((name, value) for name, value in case.constants.items() if name in launch.constants)
         built = compiled(launch, capability, tmp_path)
         assert re.search(case.expect.get(launch.kernel.__name__, ""), built.ptx), launch.kernel.__name__
-        assert launch.kernel.__name__ in case.spilling or not built.spills(), (
-            f"{launch.kernel.__name__} spills registers in {built.spills()} places"
-        )
+        most, spills = case.spilling.get(launch.kernel.__name__, 0), built.spills()
+        assert spills <= most, f"{launch.kernel.__name__} spills registers in {spills} places, more than {most}"
 
 
 @pytest.mark.parametrize(("capability", "N", "residual"), [(100, 4096, False), (100, 128, True), (120, 4096, False)], ids=str)

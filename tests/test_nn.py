@@ -120,9 +120,10 @@ def test_a_report_says_what_quantises_on_a_device():
 @pytest.mark.parametrize(
     "recipe, message",
     [
-        ({"fallback_alpha": 0.5}, "none as weight recipe in 0, not mxfp4 rceil . OF 0.5: give fallback_alpha=null"),
-        ({"macro_block": "dynamic"}, "none as weight recipe in 0, not mxfp4 rceil . MBS dynamic 128: .* macro_block=null or"),
-        ({"activation": None}, "none as activation recipe in 0, not unquantised"),
+        ({"fallback_alpha": 0.5}, r"weight of 0 \(mxfp4 rceil \+ OF 0.5: it has a fallback\). .* fallback_alpha=null"),
+        ({"macro_block": "dynamic"}, r"weight of 0 \(.*: its macro blocks are dynamic\). .*macro_block=null or"),
+        ({"macro_block": "static", "macro_size": 96}, r"weight of 0 \(.*: its macro blocks have 96 elements\)"),
+        ({"activation": None}, r"activation of 0 \(unquantised\)"),
     ],
 )
 def test_fp8_products_are_refused_where_they_cannot_be(recipe, message):
@@ -355,3 +356,15 @@ def test_rollout_multiplies_by_the_actors_weights_bit_for_bit(tie):
         assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
     tokens = torch.randint(0, 64, (2, 9))
     assert torch.equal(actor(tokens).logits, rollout(tokens).logits)
+
+
+def test_a_report_says_what_the_kept_operands_take(monkeypatch):
+    pytest.importorskip("triton")
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
+    elements, cpu = 64 * 48 + 48 * 32, torch.device("cpu")
+    ste, mx = ModelRecipe(product="fp8"), ModelRecipe(grad=QuantRecipe(), dgrad="mx", wgrad="mx", product="fp8")
+    assert plan(model, ste).bytes_kept(cpu, torch.bfloat16) == 2 * elements
+    monkeypatch.setattr("mxfp4_rl.nn.fp8.runs_on", lambda device, dtype: True)
+    assert plan(model, ste).bytes_kept(cpu, torch.bfloat16) == 5 * elements
+    assert plan(model, mx).bytes_kept(cpu, torch.bfloat16) == 4 * elements
+    assert plan(model, ModelRecipe()).bytes_kept(cpu, torch.bfloat16) == 2 * elements

@@ -31,8 +31,9 @@ def test_quickstart_raises_reward_and_validation(tmp_path):
     (validation,) = [name for name in run.names() if name.startswith("val-core/")]
     accuracy = run.series(validation)[1]
     assert accuracy[-1] > accuracy[0]
-    # A laptop's BF16 kernels round differently in rollout and update, and 4-bit codes amplify it: a step's KL is 0.1 to 0.3.
-    # On this model a trainer in BF16 beside a rollout in MXFP4 reads 0.23 before any training, one without the corrections
-    # 1.4. (Not the k3 estimate, the mean of a ratio: one token of 400 that the trainer finds 900 times likelier made it 2.7.)
+    # A laptop's BF16 kernels round differently in rollout and update, and 4-bit codes amplify it: in three runs the median of
+    # the 20 steps was 0.116 to 0.120, the largest step 0.27. With the trainer left in BF16 beside a rollout in MXFP4 the median
+    # is 0.208. (Not the k3 estimate, a mean of probability ratios: one token of 370, 900 times likelier in the update, made it
+    # 2.7.)
     divergence = run.series("rollout_corr/kl")[1]
-    assert np.median(divergence) < 0.2 and max(divergence) < 1.0
+    assert np.median(divergence) < 0.16 and max(divergence) < 1.0

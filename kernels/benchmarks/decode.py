@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from mxfp4_kernels.matmul.decode import decode_product
-from report import Row
-from timing import CACHE_BYTES, median_ms, random
+from report import Row, measured
+from tensors import packed_bytes
+from timing import copies, median_ms, random
 
 from mxfp4_rl import QuantRecipe, quantize
 
@@ -20,26 +21,29 @@ VARIANTS = {
 
 
 def products(shapes: dict[str, tuple[int, int]], counts: tuple[int, ...]) -> Iterator[Row]:
-    """Ratios to `torch.matmul` in BF16, and microseconds; weights are rotated past the cache, not only activations."""
+    """Ratios to `torch.matmul` in BF16, and microseconds."""
     for name, (out, features) in shapes.items():
-        size = out * features * (0.5 + 1 / 32)
-        copies = max(3, min(40, round(CACHE_BYTES / size) + 1)) if torch.cuda.is_available() else 1
-        weights = random(out, features, copies=copies)
+        weights = random(out, features, copies=copies(out * features * packed_bytes(QuantRecipe()), 2 * out * features))
         for rows in counts:
-            (x,), case, flops = (
-                random(rows, features, copies=1),
-                f"{name}, {out} x {features}, {rows} rows",
-                2 * rows * out * features,
-            )
-            section, moved = "Decode, against BF16", 2 * rows * (out + features)
-            bf16 = median_ms(lambda w, x=x: x @ w.t(), weights)
-            yield Row(section, case, "BF16", bf16, None, 0, moved + 2 * out * features)
-            for variant, (recipe, activation) in VARIANTS.items():
-                try:
-                    packed = [quantize(w, recipe) for w in weights]
-                    ms = median_ms(lambda q, x=x, activation=activation: decode_product(x, q, activation=activation), packed)
-                    passes = 2 if recipe.fallback_alpha else 1
-                    yield Row(section, case, variant, ms, bf16 / ms, flops, moved + passes * size)
-                    yield Row(section, case, f"{variant}, time", ms)
-                except Exception as error:
-                    yield Row(section, case, variant, error=f"{type(error).__name__}: {str(error)[:200]}")
+            yield from _products(f"{name}, {out} x {features}, {rows} row{'s' * (rows != 1)}", rows, weights)
+
+
+def _products(case: str, rows: int, weights: list[torch.Tensor]) -> Iterator[Row]:
+    out, features = weights[0].shape
+    (x,) = random(rows, features, copies=1)
+    section, moved, rival = "Decode, against BF16", 2 * rows * (out + features), None
+    for variant in ("BF16", *VARIANTS):
+
+        def ms(variant=variant):
+            if variant == "BF16":
+                return median_ms(lambda w: x @ w.t(), list(zip(weights)))
+            recipe, activation = VARIANTS[variant]
+            packed = [(quantize(w, recipe),) for w in weights]
+            return median_ms(lambda q: decode_product(x, q, activation=activation), packed)
+
+        each = 2 if variant == "BF16" else packed_bytes(VARIANTS[variant][0])
+        row = measured(section, case, variant, ms, rival, 2 * rows * out * features, moved + each * out * features, "decode")
+        rival = row.ms if variant == "BF16" else rival
+        yield row
+        if row.ms:
+            yield Row(section, case, f"{variant}, time", row.ms)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from mxfp4_kernels.matmul import blocks, fp8, w8a8
-from report import Row
-from timing import launched_ms, median_ms, random
+from report import Row, measured
+from timing import copies, device, launched_ms, median_ms, random
 
 from mxfp4_rl import ModelRecipe, QuantRecipe
 from mxfp4_rl.nn import MXFP4Linear
@@ -73,38 +75,39 @@ def sweep(shape: tuple[str, tuple[int, int]], counts: tuple[int, ...]) -> Iterat
     """The same for one shape over the number of tokens."""
     name, (out, features) = shape
     for tokens in counts:
-        for row in _products(f"{tokens} tokens", out, features, tokens, ("W4A4", "W4A4, 1x128", "W4A4 MBS on both", "W8A8")):
+        case = f"{tokens} token{'s' * (tokens != 1)}"
+        for row in _products(case, out, features, tokens, ("W4A4", "W4A4, 1x128", "W4A4 MBS on both", "W8A8")):
             row.section = row.section.replace("Forward", f"{name} over the number of tokens: forward")
             yield row
 
 
 def _products(case: str, out: int, features: int, tokens: int, variants: tuple[str, ...]) -> Iterator[Row]:
-    xs, (w,) = random(tokens, features), random(out, features, copies=1)
+    each = copies(features * (tokens + out), 3 * features * (tokens + out))  # in FP8; held are BF16 and FP8
+    pairs = list(zip(random(tokens, features, copies=each), random(out, features, copies=each)))
     flops, moved = 2 * tokens * out * features, 2 * tokens * out
     alone, whole = "Forward product, against BF16", "Forward with the activation's quantisation, against BF16"
-    bf16 = median_ms(lambda x: _bf16(x, w), xs)
-    for section in (alone, whole):
-        yield Row(section, case, "BF16", bf16, None, flops, moved + 2 * features * (tokens + out))
+    bf16 = measured(
+        alone, case, "BF16", lambda: median_ms(_bf16, pairs), None, flops, moved + 2 * features * (tokens + out), "dense"
+    )
+    yield bf16
+    yield dataclasses.replace(bf16, section=whole, kind=None)
     for variant in variants:
         width = 2 if "BF16" in variant or "QDQ" in variant else 1  # bytes of an element when it is multiplied
-        for section in (alone, whole):
-            if section == alone and variant == _NOT_ALONE:
-                continue
-            try:
-                ms = _forward_ms(*PRODUCTS[variant], xs, w, quantise=section == whole)
-                size = moved + (
-                    features * (2 * tokens + width * out) if section == whole else width * features * (tokens + out)
-                )
-                yield Row(section, case, variant, ms, bf16 / ms, flops, size)
-            except Exception as error:  # one that cannot run here must not end the rest
-                yield Row(section, case, variant, error=f"{type(error).__name__}: {str(error)[:200]}")
+        if variant != _NOT_ALONE:
+            size = moved + width * features * (tokens + out)
+            yield measured(alone, case, variant, partial(_product_ms, variant, pairs), bf16.ms, flops, size, "dense")
+        size = moved + features * (2 * tokens + width * out)
+        yield measured(whole, case, variant, partial(_forward_ms, variant, pairs), bf16.ms, flops, size)
 
 
-def _forward_ms(of_x, of_w, multiply, xs, w, quantise: bool) -> float:
-    b = of_w(w)
-    if quantise:
-        return median_ms(lambda x: multiply(of_x(x), b), xs)
-    return median_ms(lambda a: multiply(a, b), [of_x(x) for x in xs])
+def _product_ms(variant, pairs) -> float:
+    of_x, of_w, multiply = PRODUCTS[variant]
+    return median_ms(multiply, [(of_x(x), of_w(w)) for x, w in pairs])
+
+
+def _forward_ms(variant, pairs) -> float:
+    of_x, of_w, multiply = PRODUCTS[variant]
+    return median_ms(lambda x, b: multiply(of_x(x), b), [(x, of_w(w)) for x, w in pairs])
 
 
 RECIPES = {
@@ -117,27 +120,34 @@ RECIPES = {
 
 
 def steps(shapes: dict[str, tuple[int, int]], tokens: int) -> Iterator[Row]:
-    """Whole steps of a layer against `nn.Linear`: forward, dgrad, wgrad and every quantisation, the weight's too."""
+    """Whole steps of a layer against `nn.Linear`: forward, dgrad, wgrad and every quantisation, the weight's too.
+
+    x and dL/dy change from call to call, the weight does not: a step writes more than the cache holds before it is read again.
+    """
     for name, (out, features) in shapes.items():
-        xs, (g,) = random(tokens, features), random(tokens, out, copies=1)
-        xs = [x.requires_grad_() for x in xs]
-        case, bf16 = f"{name}, {out} x {features}", {}
+        size = 2 * tokens * (out + features)
+        pairs = list(zip(*(random(tokens, n, copies=copies(size, 2 * size)) for n in (features, out))))  # x and dL/dy
+        case, rivals = f"{name}, {out} x {features}", {}
         for kind in ("BF16", *RECIPES):
-            layer = torch.nn.Linear(features, out, bias=False, device=g.device, dtype=torch.bfloat16)
-            if kind != "BF16":
-                MXFP4Linear.swap(layer, name, RECIPES[kind])
-
-            def step(x, layer=layer, g=g):
-                layer.weight.grad = x.grad = None
-                if isinstance(layer, MXFP4Linear):
-                    layer.release()
-                layer(x).backward(g)
-
             for how, time in (("", median_ms), (", launched by Python", launched_ms)):
-                section = f"Step of a layer{how}, against nn.Linear in BF16"
-                try:
-                    ms = time(step, xs)
-                    ratio = bf16.setdefault(how, ms) / ms
-                    yield Row(section, case, kind, ms, None if kind == "BF16" else ratio, 6 * tokens * out * features)
-                except Exception as error:
-                    yield Row(section, case, kind, error=f"{type(error).__name__}: {str(error)[:200]}")
+                section, ms = f"Step of a layer{how}, against nn.Linear in BF16", partial(_step_ms, time, name, kind, pairs)
+                row = measured(section, case, kind, ms, rivals.get(how), 6 * tokens * out * features)
+                if kind == "BF16":
+                    rivals[how] = row.ms
+                yield row
+
+
+def _step_ms(time: Callable, name: str, kind: str, pairs: list[tuple]) -> float:
+    features, out = (t.shape[1] for t in pairs[0])
+    layer = torch.nn.Linear(features, out, bias=False, device=device(), dtype=torch.bfloat16)
+    if kind != "BF16":
+        MXFP4Linear.swap(layer, name, RECIPES[kind])
+
+    def step(x, g):
+        x.requires_grad_()
+        layer.weight.grad = x.grad = None
+        if isinstance(layer, MXFP4Linear):
+            layer.release()
+        layer(x).backward(g)
+
+    return time(step, pairs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from mxfp4_kernels.matmul.fp8 import Operand
 from mxfp4_kernels.matmul.grouped import grouped_product, grouped_wgrad
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens, align_to_blocks
-from report import Row
-from timing import device, median_ms, random
+from report import Row, measured
+from timing import copies, device, median_ms, random
 
 from mxfp4_rl import QuantRecipe
 
@@ -48,60 +49,74 @@ def _scaled_grouped_mm(a, b, offsets):
 def products(shapes: dict[str, tuple[int, int]], experts: int, counts: tuple[int, ...]) -> Iterator[Row]:
     """Forward and wgrad: ratios to `torch._grouped_mm` in BF16."""
     for name, (out, features) in shapes.items():
-        (w,) = random(experts, out, features, copies=1)
         for tokens in counts:
-            yield from _forward(f"{name}, {tokens} rows", w, Experts(w, RECIPE), tokens)
-            yield from _wgrad(f"{name}, {tokens} rows", w, tokens)
+            case = f"{name}, {tokens} rows"
+            yield from _forward(case, experts, out, features, tokens)
+            yield from _wgrad(case, experts, out, features, tokens)
 
 
-def _forward(case: str, w: torch.Tensor, weights: Experts, tokens: int) -> Iterator[Row]:
-    experts, out, features = w.shape
+def _forward(case: str, experts: int, out: int, features: int, tokens: int) -> Iterator[Row]:
     offsets, counts = offsets_of(tokens, experts)
-    xs = random(tokens, features)
-    operands = [Operand(x, RECIPE) for x in xs]
-    variants = {
-        "BF16": (lambda x: _grouped_mm(x, w, offsets), xs, 2),
-        "BF16, loop over experts": (lambda x: _loop(x, w, counts), xs, 2),
-        "BF16, ours": (lambda x: grouped_product(x, w, offsets), xs, 2),
-        "W4A4": (lambda a: grouped_product(a, weights, offsets), operands, 1),
-        "W4A4, fast": (lambda a: grouped_product(a, weights, offsets, exact=False), operands, 1),
-        "W4A4, torch._scaled_grouped_mm": (lambda a: _scaled_grouped_mm(a, weights, offsets), operands, 1),
-        "W4A4 with quantisation": (lambda x: grouped_product(Operand(x, RECIPE), weights, offsets), xs, 1),
-    }
     used = sum(count > 0 for count in counts)
-    moved = {n: 2 * tokens * out + n * (tokens * features + used * out * features) for n in (1, 2)}
+    read = tokens * features + used * out * features  # elements
+    each = copies(read, 3 * (tokens * features + experts * out * features))  # held are BF16 and containers
+    pairs = list(zip(random(tokens, features, copies=each), random(experts, out, features, copies=each)))
+
+    def quantised():
+        return [(Operand(x, RECIPE), Experts(w, RECIPE)) for x, w in pairs]
+
+    variants = {
+        "BF16": (lambda x, w: _grouped_mm(x, w, offsets), lambda: pairs, 2),
+        "BF16, loop over experts": (lambda x, w: _loop(x, w, counts), lambda: pairs, 2),
+        "BF16, ours": (lambda x, w: grouped_product(x, w, offsets), lambda: pairs, 2),
+        "W4A4": (lambda a, b: grouped_product(a, b, offsets), quantised, 1),
+        "W4A4, fast": (lambda a, b: grouped_product(a, b, offsets, exact=False), quantised, 1),
+        "W4A4, torch._scaled_grouped_mm": (lambda a, b: _scaled_grouped_mm(a, b, offsets), quantised, 1),
+        "W4A4 with quantisation": (
+            lambda x, b: grouped_product(Operand(x, RECIPE), b, offsets),
+            lambda: [(x, Experts(w, RECIPE)) for x, w in pairs],
+            None,
+        ),
+    }
+    moved = {n: 2 * tokens * out + n * read for n in (1, 2)}
+    moved[None] = 2 * tokens * out + read + tokens * features
     yield from _rows("Grouped forward, against torch._grouped_mm in BF16", case, variants, 2 * tokens * out * features, moved)
 
 
-def _wgrad(case: str, w: torch.Tensor, tokens: int) -> Iterator[Row]:
-    experts, out, features = w.shape
+def _wgrad(case: str, experts: int, out: int, features: int, tokens: int) -> Iterator[Row]:
     offsets, counts = offsets_of(tokens, experts)
     aligned, where, rows = align_to_blocks(offsets, tokens)
-    xs, (g,) = random(tokens, features), random(tokens, out, copies=1)
+    read = tokens * (out + features)  # elements
+    each = copies(read, 3 * read)
+    pairs = list(zip(random(tokens, out, copies=each), random(tokens, features, copies=each)))
 
-    def quantised(x):
+    def of(x):
         return Tokens(x.new_zeros(rows, x.shape[1]).index_copy_(0, where, x), RECIPE, aligned)
 
-    g_tokens, x_tokens = quantised(g), [quantised(x) for x in xs]
+    def quantised():
+        return [(of(g), of(x)) for g, x in pairs]
+
     variants = {
-        "BF16": (lambda x: torch._grouped_mm(g.t(), x, offs=offsets[1:]), xs, 2),
-        "BF16, ours": (lambda x: grouped_wgrad(g, x, offsets), xs, 2),
-        "W4A4": (lambda x: grouped_wgrad(g_tokens, x, aligned), x_tokens, 1),
-        "W4A4, fast": (lambda x: grouped_wgrad(g_tokens, x, aligned, exact=False), x_tokens, 1),
-        "W4A4 with quantisation": (lambda x: grouped_wgrad(quantised(g), quantised(x), aligned), xs, 1),
+        "BF16": (lambda g, x: torch._grouped_mm(g.t(), x, offs=offsets[1:]), lambda: pairs, 2),
+        "BF16, ours": (lambda g, x: grouped_wgrad(g, x, offsets), lambda: pairs, 2),
+        "W4A4": (lambda g, x: grouped_wgrad(g, x, aligned), quantised, 1),
+        "W4A4, fast": (lambda g, x: grouped_wgrad(g, x, aligned, exact=False), quantised, 1),
+        "W4A4 with quantisation": (lambda g, x: grouped_wgrad(of(g), of(x), aligned), lambda: pairs, None),
     }
-    used = sum(count > 0 for count in counts)
-    moved = {n: 2 * used * out * features + n * tokens * (out + features) for n in (1, 2)}
+    written = 2 * sum(count > 0 for count in counts) * out * features
+    moved = {1: written + read, 2: written + 2 * read, None: written + 2 * read}
     yield from _rows("Grouped wgrad, against torch._grouped_mm in BF16", case, variants, 2 * tokens * out * features, moved)
 
 
+def _ms(work, inputs) -> float:
+    return median_ms(work, inputs())
+
+
 def _rows(section, case, variants, flops, moved) -> Iterator[Row]:
-    bf16 = None
+    """Of variants (work, what makes its inputs, bytes of an element that is multiplied or None: quantised on the way)."""
+    rival = None
     for variant, (work, inputs, width) in variants.items():
-        try:
-            ms = median_ms(work, inputs)
-            bf16 = ms if variant == "BF16" else bf16
-            ratio = None if variant == "BF16" or bf16 is None else bf16 / ms
-            yield Row(section, case, variant, ms, ratio, flops, moved[width])
-        except Exception as error:
-            yield Row(section, case, variant, error=f"{type(error).__name__}: {str(error)[:200]}")
+        kind = None if width is None else "grouped"
+        row = measured(section, case, variant, partial(_ms, work, inputs), rival, flops, moved[width], kind)
+        rival = row.ms if variant == "BF16" else rival
+        yield row

@@ -7,6 +7,7 @@ it once and times nothing, so that Triton's cache holds the kernels; several sec
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,23 +51,39 @@ def main():
     names = tuple(sections(tiny=False))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the sections")
     parser.add_argument("--out", type=Path, help="folder for results.json, results.md and roofline.png")
-    parser.add_argument("--warm", action="store_true", help="only compile")
+    parser.add_argument("--warm", action="store_true", help="only compile, and print nothing but errors")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code: all that runs without a GPU")
     options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("there is no GPU: give --tiny, under TRITON_INTERPRET=1, to try the code")
-    measured = sections(options.tiny)
+    if not torch.cuda.is_available() and not (options.tiny and os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("there is no GPU: to try the code, give --tiny and set TRITON_INTERPRET=1 in the environment")
+    if options.warm and options.out:
+        parser.error("--warm measures nothing that --out could hold: give one of them")
+    chosen = sections(options.tiny)
     timing.WARM_ONLY = options.warm
     torch.manual_seed(0)
-    about, rows = timing.about(), []
-    print(", ".join(about.values()), flush=True)
+    about = timing.about()
+    if options.tiny:
+        about["note"] = "tiny shapes: not measurements"
+    if not options.warm:
+        print(report.heading(about), flush=True)
+    rows = []
     for section in options.only:
-        for row in measured[section]():
+        for row in _to_the_end(section, chosen[section]):
             rows.append(row)
-            print(f"{row.section} | {row.case} | {row.variant} | {row.error or row.cell()}", flush=True)
+            if row.error or not options.warm:
+                print(f"{row.section} | {row.case} | {row.variant} | {row.error or row.cell()}", flush=True)
         if options.out:  # after every section, so that a later failure loses nothing
             report.write(options.out, about, rows)
-    print(report.tables(rows))
+    if not options.warm:
+        print(f"\n{report.heading(about)}\n{report.tables(rows)}")
+
+
+def _to_the_end(name: str, section: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """A section's rows; where it fails outside what it measures, a row that says so instead of the rest."""
+    try:
+        yield from section()
+    except Exception as error:
+        yield Row(f"Section {name}", "ended early", "the rest", error=report.failure(error))
 
 
 if __name__ == "__main__":

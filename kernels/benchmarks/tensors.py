@@ -7,12 +7,13 @@ columns: the input read twice, since a column's scale is known only at its end).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from mxfp4_kernels.container import triton as row_container
-from mxfp4_kernels.container.blocks import containers
-from report import Row
-from timing import median_ms, random
+from mxfp4_kernels.container.blocks import containers, group_of
+from report import Row, measured
+from timing import copies, median_ms, random
 
 from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.quant import error_stats, fake_quantize
@@ -20,19 +21,24 @@ from mxfp4_rl.quant import error_stats, fake_quantize
 RECIPES = ("mxfp4", "mxfp4+mbs", "mxfp4+of", "mxfp4+mbs+of")
 
 
+def packed_bytes(recipe: QuantRecipe) -> float:
+    """Bytes an element: codes and scales of one pass or two, and float32 macro factors."""
+    passes = 2 if recipe.fallback_alpha else 1
+    return passes * (0.5 + 1 / 32) + (4 / recipe.macro_size if recipe.macro_block else 0)
+
+
 def _kernels(recipe: QuantRecipe):
     """name -> (work, bytes an element)."""
-    passes = 2 if recipe.fallback_alpha else 1
     yield "operand", lambda x: fake_quantize(x, recipe), 4
     yield "operand, columns", lambda x: fake_quantize(x, recipe, axis=0), 4
-    yield "codes", lambda x: quantize(x, recipe), 2 + passes * (0.5 + 1 / 32)
-    if passes == 1:
-        scales = 4 / 128
+    yield "codes", lambda x: quantize(x, recipe), 2 + packed_bytes(recipe)
+    if not recipe.fallback_alpha:
+        scales = 4 / group_of(recipe)
         yield "containers of rows", lambda x: containers(x, rows=recipe), 3 + scales
         yield "of columns", lambda x: containers(x, columns=recipe), 3 + scales
         yield "of rows and columns", lambda x: containers(x, rows=recipe, columns=recipe), 4 + 2 * scales
-        yield "of rows, and operand", lambda x: containers(x, rows=recipe, operand=x.dtype), 5 + scales
-    if passes == 1 and not recipe.macro_block:
+        yield "of rows, and operand", lambda x: containers(x, rows=recipe, operand_dtype=x.dtype), 5 + scales
+    if not (recipe.fallback_alpha or recipe.macro_block):
         yield "one scale a row, rows", lambda x: row_container.container(x, recipe), 3
         yield "one scale a column", lambda x: row_container.container(x.t(), recipe), 5
     yield "error statistics", lambda x: error_stats(x, recipe), 2
@@ -40,31 +46,33 @@ def _kernels(recipe: QuantRecipe):
 
 def bandwidths(shapes: tuple[tuple[int, int], ...]) -> Iterator[Row]:
     for tokens, features in shapes:
-        xs = random(tokens, features)
-        out, elements = torch.empty_like(xs[0]), tokens * features
-        copy = median_ms(out.copy_, xs)
-        section, size = f"Bandwidth, {tokens} x {features}, of a copy", 4 * elements
-        yield Row(section, "copy", "TB/s", copy, None, 0, size)
+        elements = tokens * features
+        # As many as pass the cache when they are packed.
+        xs = random(tokens, features, copies=copies(elements * packed_bytes(QuantRecipe()), 2 * elements))
+        inputs, out = list(zip(xs)), torch.empty_like(xs[0])
+        section = f"Bandwidth, {tokens} x {features}, of a copy"
+        copy = measured(section, "copy", "TB/s", partial(median_ms, out.copy_, inputs), bytes=4 * elements)
+        yield copy
         for name in RECIPES:
             recipe = QuantRecipe.parse(name)
             for kernel, work, each in _kernels(recipe):
-                try:
-                    ms = _time(kernel, recipe, work, xs)
-                    yield Row(section, kernel, name, ms, (each * elements / ms) / (size / copy), 0, each * elements)
-                except Exception as error:
-                    yield Row(section, kernel, name, error=f"{type(error).__name__}: {str(error)[:200]}")
-            try:
-                packed = [quantize(x, recipe) for x in xs]
-                each = 2 + (2 if recipe.fallback_alpha else 1) * (0.5 + 1 / 32)
-                ms = median_ms(lambda q: q.dequantize(torch.bfloat16), packed)
-                yield Row(section, "dequantise", name, ms, (each * elements / ms) / (size / copy), 0, each * elements)
-            except Exception as error:
-                yield Row(section, "dequantise", name, error=f"{type(error).__name__}: {str(error)[:200]}")
+                yield _share(copy, kernel, name, partial(_time, kernel, recipe, work, inputs), each)
+            yield _share(copy, "dequantise", name, partial(_dequantise, recipe, xs), 2 + packed_bytes(recipe))
 
 
-def _time(kernel, recipe, work, xs) -> float:
+def _share(copy: Row, kernel, name, ms, each) -> Row:
+    """Of the rate of a copy, which moves 4 bytes an element."""
+    size = copy.bytes * each / 4
+    return measured(copy.section, kernel, name, ms, copy.ms and copy.ms * size / copy.bytes, bytes=size)
+
+
+def _dequantise(recipe, xs) -> float:
+    return median_ms(lambda q: q.dequantize(torch.bfloat16), [(quantize(x, recipe),) for x in xs])
+
+
+def _time(kernel, recipe, work, inputs) -> float:
     if kernel != "error statistics" or not torch.cuda.is_available():
-        return median_ms(work, xs)
+        return median_ms(work, inputs)
     from mxfp4_kernels.error_stats.triton import partial_sums  # on the device, without the copy to the host
 
-    return median_ms(lambda x: partial_sums(x, recipe).sum(0), xs)
+    return median_ms(lambda x: partial_sums(x, recipe).sum(0), inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -24,21 +25,43 @@ LAST_AXIS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])
 
 
 @functools.cache
+def unsupported(recipe: QuantRecipe) -> str | None:
+    """Why the kernels do not compute the recipe, which then runs the reference; None if they do."""
+    reasons = {
+        f"its format is {recipe.format}": recipe.format != "mxfp4",
+        "its scales are searched for": recipe.scale_rule == "search",
+        f"its blocks have {recipe.block_size} elements": recipe.block_size != BLOCK,
+        "its macro blocks are dynamic": recipe.macro_block == "dynamic",
+        f"its macro blocks have {recipe.macro_size} elements": bool(recipe.macro_block)
+        and recipe.macro_size not in (32, 64, 128, 256),
+        "its fallback is masked": recipe.fallback_fraction is not None or recipe.fallback_threshold is not None,
+        f"its pre-scale is {recipe.pre_scale}": recipe.pre_scale != 1,
+        "it rounds stochastically": recipe.rounding != "nearest",
+        "its blocks are tiles": recipe.tile,
+        "it rotates": bool(recipe.hadamard),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
 def supports(recipe: QuantRecipe) -> bool:
-    """Whether the kernels compute the recipe; everything else runs the reference."""
-    return (
-        recipe.format == "mxfp4"
-        and recipe.scale_rule != "search"
-        and recipe.block_size == BLOCK
-        and recipe.macro_block in (None, "static")
-        and recipe.macro_size in (32, 64, 128, 256)
-        and recipe.fallback_fraction is None
-        and recipe.fallback_threshold is None
-        and recipe.pre_scale == 1
-        and recipe.rounding == "nearest"
-        and not recipe.tile
-        and not recipe.hadamard
-    )
+    """Whether the kernels compute the recipe."""
+    return unsupported(recipe) is None
+
+
+def launches(function):
+    """Decorator: the device of the first argument is current while `function` runs, for Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def launch(first, *args, **kwargs):
+        tensor = first
+        while not isinstance(tensor, torch.Tensor):
+            tensor = next(getattr(tensor, name) for name in ("source", "codes", "payload") if hasattr(tensor, name))
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(first, *args, **kwargs)
+
+    return launch
 
 
 @functools.cache
@@ -91,6 +114,21 @@ def load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM: tl.constexpr, BK: 
     x = tl.load(tile_ptr + (rows * stride_m + columns * stride_k), mask=mask, other=0.0)
     x = tl.permute(x, (1, 3, 2, 0) if LAST_AXIS_FIRST else (1, 3, 0, 2))
     return tl.reshape(x, (BK, BM // 32, 32)).to(tl.float32)
+
+
+@triton.jit
+def tile_of(M, R: tl.constexpr):
+    """Row and column of this program's tile, rows first. One axis of programs: the others end at 65535."""
+    down = tl.cdiv(M, R)
+    return tl.program_id(0) % down, tl.program_id(0) // down
+
+
+@triton.jit
+def to_type(x, TYPE: tl.constexpr):
+    """x, float32, in another type; float16 saturates, as the reference does, and NaN stays."""
+    if TYPE == tl.float16:  # noqa: SIM300
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(TYPE)
 
 
 @triton.jit

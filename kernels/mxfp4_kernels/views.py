@@ -24,3 +24,13 @@ def matrices(x: torch.Tensor, axis: int, merged: bool) -> list[torch.Tensor]:
         strides = [s for n, s in zip(moved.shape[:-1], moved.stride()[:-1]) if n != 1]
         return [moved.as_strided((moved[..., 0].numel(), moved.shape[-1]), (strides[-1] if strides else 0, moved.stride(-1)))]
     return [matrix for part in moved.unbind(0) for matrix in matrices(part, -1, merges(part, -1))]
+
+
+def paired(x: torch.Tensor, out: torch.Tensor, axis: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`matrices` of two tensors of one shape, cut alike: as few as both allow."""
+    if not x.numel():
+        return []
+    x, out = x.movedim(axis, -1), out.movedim(axis, -1)
+    if x.ndim == 1 or (merges(x, -1) and merges(out, -1)):
+        return [(matrices(x, -1, True)[0], matrices(out, -1, True)[0])]
+    return [pair for parts in zip(x, out) for pair in paired(*parts, -1)]

@@ -29,15 +29,19 @@ class ConversionReport:
     Attributes:
         converted: layer name -> ModelRecipe of that layer.
         skipped: layer name -> why it was left alone.
-        elements: quantised weight elements; total: all parameters of the model.
+        sizes: layer name -> elements of its weight; elements: their sum; total: all parameters of the model.
         by_pattern: how many layers each override and exclude pattern matched.
     """
 
     converted: dict[str, ModelRecipe] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    elements: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     total: int = 0
     by_pattern: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes.values())
 
     def describe(self) -> str:
         """A few lines for the log: counts by kind of layer, what was skipped, and the share of the parameters."""
@@ -51,6 +55,16 @@ class ConversionReport:
         reasons = Counter(self.skipped.values())
         lines += [f"left alone: {n} {reason}" for reason, n in reasons.items()]
         return "\n".join(lines)
+
+    def bytes_kept(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Memory of the operands that the layers keep from one optimiser step to the next, on every rank."""
+        eight_bit = fp8.runs_on(device, dtype)
+        of_layer = {}
+        for name, recipe in self.converted.items():
+            of_layer[name] = dtype.itemsize
+            if recipe.product == "fp8" and eight_bit:  # the weight's copy, its containers, and "ste"'s operand
+                of_layer[name] += 1 + (recipe.dgrad == "mx") + dtype.itemsize * (recipe.dgrad == "ste")
+        return sum(self.sizes[name] * each for name, each in of_layer.items())
 
     def backends(self, device: torch.device) -> str:
         """What runs on `device`, e.g. "weight triton, activation triton, grad reference, products bf16"."""
@@ -107,7 +121,7 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
             if own.product == "fp8":
                 fp8.check(own, name)
             report.converted[name] = own
-            report.elements += module.weight.numel()
+            report.sizes[name] = module.weight.numel()
             for pattern in overriding:
                 report.by_pattern[pattern] += 1
     unmatched = [p for p, count in report.by_pattern.items() if not count]

@@ -22,15 +22,16 @@ def check(recipe: ModelRecipe, name: str) -> None:
     """Raise RecipeError, naming the fix, if a layer's forward product cannot be an FP8 one."""
     try:
         from mxfp4_kernels.container.blocks import fits
+        from mxfp4_kernels.device import unsupported
     except ImportError as error:
         raise RecipeError(f"product='fp8' needs Triton ({error}): install triton, or give product='bf16'") from error
     for side in ("weight", "activation"):
         own = getattr(recipe, side)
         if not fits(own):
-            what = own.describe() if own is not None else "unquantised"
+            why = f"{own.describe()}: {unsupported(own) or 'it has a fallback'}" if own is not None else "unquantised"
             raise RecipeError(
-                f"product='fp8' needs MXFP4 with a fixed scale rule and static macro blocks or none as {side} recipe in "
-                f"{name}, not {what}: give fallback_alpha=null and macro_block=null or static, or product='bf16'"
+                f"product='fp8' cannot multiply the {side} of {name} ({why}). Give a fixed scale rule, macro_block=null or "
+                "static and fallback_alpha=null, or product='bf16'"
             )
 
 
@@ -51,53 +52,71 @@ class Plan:
         self.dgrad = recipe.dgrad == "mx" and grad is not None and containers.fits(weight)
         self.wgrad = recipe.wgrad == "mx" and grad is not None and containers.fits(activation)
         used = [recipe.weight, recipe.activation, *([grad] if self.dgrad or self.wgrad else [])]
-        whole = all(n % fp8.MULTIPLE == 0 for n in (tokens, in_features, out_features))
+        whole = all(n % fp8.MULTIPLE == 0 for n in (in_features, out_features))  # whatever the tokens: weights are kept
         self.kernels = fp8 if whole and all(fp8.fits(r) for r in used) else blocks
+        if self.kernels is fp8 and tokens % fp8.MULTIPLE:
+            self.wgrad = False
         self.of_weight = {"rows": recipe.weight, "columns": weight if self.dgrad else None}
         self.of_input = {"rows": recipe.activation, "columns": activation if self.wgrad else None}
         self.of_grad = {"rows": grad if self.dgrad else None, "columns": grad if self.wgrad else None}
 
 
 class FP8Matmul(torch.autograd.Function):
-    """Y = x_hat w_hat^T + b and its backward products, for x (tokens, in) and `layer`, an MXFP4Linear.
+    """Y = x_hat w_hat^T + b and its backward products, for x (tokens, in) in the compute dtype.
 
-    x, w and b carry the gradients; `operands` are (x, x^T, x_hat) as `plan.kernels.operands` makes them of x.
+    x, w and b carry the gradients. `of_input` is (x, x^T, x_hat) and `of_weight` (w, w^T, w_hat), as `plan.kernels.operands`
+    makes them; what is None is not needed.
     """
 
     @staticmethod
-    def forward(ctx, x, w, b, layer, plan, operands, stats):
-        ctx.layer, ctx.plan, ctx.stats = layer, plan, stats
+    def forward(ctx, x, w, b, recipe, plan, of_input, of_weight, stats):
+        ctx.recipe, ctx.plan, ctx.stats = recipe, plan, stats
         ctx.weight_dtype, ctx.bias_dtype = w.dtype, b.dtype if b is not None else None
-        rows, columns, x_hat = operands
-        ctx.columns = columns and columns.with_tensors((None,) * 4)
-        # Through autograd, so that checkpointing and offloading see it.
-        ctx.save_for_backward(*(columns.tensors() if columns is not None else (x if x_hat is None else x_hat,)))
-        return plan.kernels.product(rows, layer.weight_operands(plan, x.dtype)[0], x.dtype, b if b is None else b.to(x.dtype))
+        x_t, w_t = of_input[1] if ctx.needs_input_grad[1] else None, of_weight[1] if ctx.needs_input_grad[0] else None
+        ctx.templates = tuple(operand and operand.template() for operand in (x_t, w_t))
+        # Through autograd, so that checkpointing and offloading see it, and changes before the backward are noticed.
+        saved = [*_saved(x_t, of_input[2], x, ctx.needs_input_grad[1])]
+        ctx.of_input = len(saved)
+        ctx.save_for_backward(*saved, *_saved(w_t, of_weight[2], w, ctx.needs_input_grad[0]))
+        return plan.kernels.product(of_input[0], of_weight[0], x.dtype, b if b is None else b.to(x.dtype))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        layer, plan, recipe = ctx.layer, ctx.plan, ctx.layer.recipe
+        plan, recipe = ctx.plan, ctx.recipe
         g = g.contiguous()
         dx = dw = db = None
-        rows = columns = None
-        if any(recipe is not None for recipe in plan.of_grad.values()):
-            rows, columns, _ = plan.kernels.operands(g, **plan.of_grad)
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out only once
+        of_x, of_w = saved[: ctx.of_input], saved[ctx.of_input :]
+        x_t, w_t = (t and t.with_tensors(s) for t, s in zip(ctx.templates, (of_x, of_w), strict=True))
+        wanted = {"rows": w_t and plan.of_grad["rows"], "columns": x_t and plan.of_grad["columns"]}
+        rows, columns, _ = plan.kernels.operands(g, **wanted) if any(wanted.values()) else (None, None, None)
         if ctx.needs_input_grad[0]:
-            if plan.dgrad:
-                dx = plan.kernels.product(rows, layer.weight_operands(plan, g.dtype)[1], g.dtype)
+            if w_t is not None:
+                dx = plan.kernels.product(rows, w_t, g.dtype)
             else:
-                dx = operand(g, recipe.grad) @ layer.dgrad_operand(g.dtype)
+                (w,) = of_w  # "ste": quantised already
+                w = w.to(g.dtype)
+                dx = operand(g, recipe.grad) @ (operand(w, recipe.in_backward("weight"), axis=0) if recipe.dgrad == "mx" else w)
         if ctx.needs_input_grad[1]:
-            if plan.wgrad:
-                dw = plan.kernels.product(columns, ctx.columns.with_tensors(ctx.saved_tensors), g.dtype)
+            if x_t is not None:
+                dw = plan.kernels.product(columns, x_t, g.dtype)
             else:
-                (x,) = ctx.saved_tensors  # "ste": quantised already
-                if recipe.wgrad == "mx":
-                    x = operand(x, recipe.in_backward("activation"), axis=0)
+                (x,) = of_x
+                x = operand(x, recipe.in_backward("activation"), axis=0) if recipe.wgrad == "mx" else x
                 dw = operand(g, recipe.grad, axis=0).t() @ x
             dw = dw.to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             db = g.sum(0).to(ctx.bias_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
+
+
+def _saved(transposed, dequantised, plain, needed):
+    """What a backward product needs of a tensor: its FP8 operand, else its dequantised one, else itself."""
+    if not needed:
+        return ()
+    if transposed is not None:
+        return transposed.tensors()
+    return (plain if dequantised is None else dequantised,)

@@ -58,6 +58,7 @@ class QuantizedMatmul(torch.autograd.Function):
         return nn.functional.linear(x_hat, w_hat)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         recipe = ctx.recipe
@@ -121,12 +122,13 @@ class MXFP4Linear(nn.Linear):
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             needed["columns"] = None
         elif self.recipe.wgrad == "ste":
-            needed["operand"] = x.dtype
-        operands = _shared_input(
-            x, (plan.kernels, *needed.values()), lambda own: plan.kernels.operands(own.reshape(tokens.shape), **needed)
+            needed["operand_dtype"] = x.dtype
+        of_input = _shared_input(
+            x, (plan.kernels.__name__, *needed.values()), lambda own: plan.kernels.operands(own.reshape(tokens.shape), **needed)
         )
-        y = fp8.FP8Matmul.apply(tokens, self.weight, self.bias, self, plan, operands, self.stats)
-        return y.unflatten(0, x.shape[:-1])
+        of_weight = self.weight_operands(plan, x.dtype)
+        y = fp8.FP8Matmul.apply(tokens, self.weight, self.bias, self.recipe, plan, of_input, of_weight, self.stats)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
@@ -139,27 +141,24 @@ class MXFP4Linear(nn.Linear):
         return self._kept("operand", dtype, lambda w: operand(w, self.recipe.weight))
 
     def weight_operands(self, plan: fp8.Plan, dtype: torch.dtype):
-        """The weight's operands for FP8 products, along its inputs and, for dgrad, along its outputs; kept likewise."""
+        """The weight for FP8 products: quantised along its inputs, for dgrad along its outputs, dequantised; kept likewise.
+
+        Those that no product of the plan needs are None.
+        """
 
         def make(w):
+            self._held.pop("operand", None)  # that a weight sync left: nothing reads it any more
             # Of a copy: what FSDP gathered for this forward is freed after it.
-            ste = self.recipe.dgrad == "ste"
-            rows, columns, w_hat = plan.kernels.operands(w.clone(), **plan.of_weight, operand=dtype if ste else None)
-            if w_hat is not None:
-                self._held["operand"] = w_hat
-            return rows, columns
+            return plan.kernels.operands(
+                w.clone(), **plan.of_weight, operand_dtype=dtype if self.recipe.dgrad == "ste" else None
+            )
 
-        return self._kept(("operands", plan.kernels), dtype, make)
-
-    def dgrad_operand(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight that a dgrad product in the compute dtype multiplies with."""
-        if self.recipe.dgrad == "ste":
-            return self.weight_operand(dtype)
-        w = self.weight.detach().to(dtype)
-        return w if self.recipe.dgrad == "bf16" else operand(w, self.recipe.in_backward("weight"), axis=0)
+        return self._kept(("operands", plan.kernels.__name__), dtype, make)
 
     def _kept(self, kind, dtype: torch.dtype, make):
-        """`make(weight in dtype)`, made once for a state of the weight."""
+        """`make(weight in dtype)`, made once for a state of the weight; in a CUDA graph each time it is replayed."""
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make(self.weight.detach().to(dtype))
         key = self._key(dtype)
         if self._held_key != key:
             self._held, self._held_key = {}, key
@@ -180,7 +179,8 @@ class MXFP4Linear(nn.Linear):
         # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
         # that the optimiser never touches; the count of optimiser steps covers that case.
         sharded = hasattr(self.weight, "to_local") or getattr(self, "gathered", False)
-        version = None if sharded else (self.weight.data_ptr(), self.weight._version)
+        unversioned = sharded or self.weight.is_inference()
+        version = None if unversioned else (self.weight.data_ptr(), self.weight._version)
         return dtype, _optimizer_steps, version
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -194,7 +194,7 @@ class MXFP4Linear(nn.Linear):
 class PackedLinear(MXFP4Linear):
     """The rollout's side of an MXFP4Linear: no parameter, only the operand of the codes last shipped. Forward only.
 
-    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit.
+    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit (those of BF16 products).
     """
 
     @classmethod
@@ -258,11 +258,14 @@ class _LastInput:
         self.key = self.made = None
 
     def __call__(self, x: torch.Tensor, key, make):
-        """`make(x, detached)`, or what it gave for this `key` and the same state of x before."""
+        """`make(x detached)`, or what it gave for this `key` and the same state of x before."""
         if x.is_inference():  # without a version, nobody knows whether it changed
+            return make(x.detach())
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a replay has to make it again
             return make(x.detach())
         key = (key, x._version)
         if self.source() is not x or self.key != key:
+            self.made = None
             with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
                 made = make(x.detach())
             self.source, self.key, self.made = weakref.ref(x, self._forget), key, made

@@ -154,16 +154,18 @@ def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str 
     if backend == "reference" or (backend is None and not x.is_cuda):
         return None
     try:
-        from mxfp4_kernels.device import supports
+        from mxfp4_kernels.device import INTERPRETED, unsupported
 
         kernels = importlib.import_module(f"mxfp4_kernels.{name}")
     except ImportError as error:
         if backend == "triton":
             raise ValueError(f"backend='triton' cannot be loaded ({error}): install triton, or use 'reference'") from error
         return None
-    if not supports(recipe):
+    if backend == "triton" and not x.is_cuda and not INTERPRETED.value:
+        raise ValueError(f"backend='triton' runs on CUDA, not on {x.device.type}: use 'reference', or set TRITON_INTERPRET=1")
+    if why := unsupported(recipe):
         if backend == "triton":
-            raise ValueError(f"backend='triton' has no kernel for {recipe.describe()}: use 'reference' or None")
+            raise ValueError(f"backend='triton' has no kernel for {recipe.describe()} ({why}): use 'reference' or None")
         return None
     return kernels
 

@@ -119,7 +119,7 @@ class MXFP4Tensor(QuantizedTensor):
         return exp2_byte(self.scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """x_hat in the original shape, contiguous on CUDA; computed in float32, then cast to `dtype`."""
+        """x_hat in the original shape, computed in float32, then cast to `dtype`."""
         kernels = _kernels() if self.codes.is_cuda and dtype in (torch.float32, torch.bfloat16, torch.float16) else None
         return kernels.dequantize(self, dtype) if kernels and kernels.supports(self) else super().dequantize(dtype)
 

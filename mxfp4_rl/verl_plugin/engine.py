@@ -2,7 +2,7 @@
 
 A weight is quantised once per optimiser step: for the rollout, from the same bits (the parameter in the compute dtype) that
 the actor's products use, and the actor keeps the operand those codes stand for. So trainer and rollout multiply by the same
-weights, bit for bit.
+weights, bit for bit. (With product="fp8" and macro blocks the trainer's are not yet rounded to the compute dtype.)
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,8 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
                 print(f"[mxfp4] {role}: {report.describe()}", flush=True)
                 kernels = report.backends(torch.device(get_device_name()))
                 print(f"[mxfp4] {role}: {self.settings.recipe.describe()}; kernels: {kernels}", flush=True)
-                held = report.elements * self.compute_dtype.itemsize / 2**30
-                print(f"[mxfp4] {role}: every rank keeps its dequantised weights, {held:.2f} GiB", flush=True)
+                held = report.bytes_kept(torch.device(get_device_name()), self.compute_dtype) / 2**30
+                print(f"[mxfp4] {role}: every rank keeps its quantised weights, {held:.2f} GiB", flush=True)
         return module
 
     def _build_fsdp_module(self, module):

@@ -17,7 +17,7 @@ BACKENDS = ["triton", "cublas"] if GPU else ["triton", "reference"]
 
 def assert_same_container(got, expected):
     assert got.shape == expected.shape and got.group == expected.group
-    for field in ("payload", "scale", "wide"):
+    for field in ("payload", "scale", "wide", "any_wide"):
         assert_same(getattr(got, field), getattr(expected, field))
 
 
@@ -28,7 +28,7 @@ def test_containers_of_rows_and_columns_are_the_reference_s(shape, name):
     of_rows = reference(quantize(x, recipe), group_of(recipe))
     of_columns = reference(quantize(x, recipe, 0), group_of(recipe))
     there = x.to(DEVICE)
-    rows, columns, x_hat = containers(there, rows=recipe, columns=recipe, operand=torch.float32)
+    rows, columns, x_hat = containers(there, rows=recipe, columns=recipe, operand_dtype=torch.float32)
     assert_same_container(rows, of_rows)
     assert_same_container(columns, of_columns)
     assert_same(x_hat, fake_quantize(x, recipe))
@@ -54,7 +54,7 @@ def test_what_fits_loses_no_bit(name):
     operand, got = fake_quantize(x, recipe), container.dequantize().cpu()
     wide = container.wide[:40].cpu().bool()
     assert wide.nonzero().flatten().tolist() == ([] if group_of(recipe) == 32 else [3])
-    assert bool(container.wide[-1]) == bool(wide.any())
+    assert bool(container.any_wide) == bool(wide.any())
     if recipe.macro_block:
         assert ((got - operand).abs() <= 2**-23 * operand.abs())[~wide].all()
     else:
@@ -67,7 +67,7 @@ def test_every_code_at_every_offset_of_the_window():
     block = torch.cat((codes, -codes, codes, -codes))
     x = torch.stack([torch.cat((block, block * 2.0**-offset)) for offset in range(16)])
     got, _, _ = containers(x.to(DEVICE), rows=QuantRecipe())
-    assert got.wide[:16].tolist() == [0] * 15 + [1] and got.wide[-1] == 1
+    assert got.wide.tolist() == [0] * 15 + [1] and got.any_wide
     for offset in range(15):
         assert torch.equal(got.dequantize()[offset].cpu(), x[offset])
         assert torch.equal(torch.signbit(got.payload[offset, :64].float().cpu()), torch.signbit(x[offset])), "-0 stays -0"
@@ -126,15 +126,14 @@ def test_groups_that_no_container_holds_are_multiplied_all_the_same(name):
     x, w = matrices(70, 96, 256, wide_a=(0, 3, 69), wide_b=(5, 95))
     recipe = QuantRecipe.parse(name)
     (a, _, _), (b, _, _) = operands(x, rows=recipe), operands(w, rows=recipe)
-    assert a.container.wide[:-1].nonzero().flatten().tolist() == [0, 3, 69] and a.container.wide[-1]
-    assert b.container.wide[:-1].nonzero().flatten().tolist() == [5, 95] and b.container.wide[-1]
+    assert a.container.wide.nonzero().flatten().tolist() == [0, 3, 69] and a.container.any_wide
+    assert b.container.wide.nonzero().flatten().tolist() == [5, 95] and b.container.any_wide
     bias = torch.randn(96, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     assert_is_product(product(a, b, OUT, bias), a, b, bias)
 
 
 def test_products_of_columns_as_a_backward_needs_them():
-    x, g = matrices(72, 40, 96)
-    x, g = x, torch.randn(72, 40, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    x, g = (torch.randn(72, n, generator=torch.Generator().manual_seed(n)).bfloat16().to(DEVICE) for n in (96, 40))
     recipe = QuantRecipe(scale_rule="oas")
     _, x_t, _ = operands(x, columns=recipe)
     _, g_t, _ = operands(g, columns=recipe)
@@ -157,13 +156,38 @@ def test_nan_stays_in_its_row_and_empty_products_are_empty():
 
 def test_what_cannot_be_is_refused():
     x, w = matrices(16, 48, 64)
-    with pytest.raises(ValueError, match=r"static macro blocks or none, not mxfp4 rceil \+ OF 0.5"):
+    with pytest.raises(ValueError, match=r"holds mxfp4 rceil \+ OF 0.5 \(it has a fallback\)"):
         containers(x, rows=QuantRecipe(fallback_alpha=0.5))
-    with pytest.raises(ValueError, match="not mxfp4 search"):
+    with pytest.raises(ValueError, match=r"holds mxfp4 search .*searched for"):
         containers(x, columns=QuantRecipe(scale_rule="search"))
     with pytest.raises(ValueError, match="give that recipe too"):
-        containers(x, columns=QuantRecipe(), operand=torch.bfloat16)
+        containers(x, columns=QuantRecipe(), operand_dtype=torch.bfloat16)
     a, _, _ = operands(x, rows=QuantRecipe())
     b, _, _ = operands(w[:, :32], rows=QuantRecipe())
     with pytest.raises(ValueError, match="A has 64 columns and B 32"):
         product(a, b)
+    w = operands(w, rows=QuantRecipe())[0]
+    with pytest.raises(ValueError, match="backend='cuda' is not one of 'cublas'"):
+        product(a, w, backend="cuda")
+    with pytest.raises(ValueError, match=r"a bias of shape \(16,\) does not fit 48"):
+        product(a, w, bias=torch.ones(16, device=DEVICE))
+
+
+def test_operands_in_float16_saturate_and_biases_may_be_strided():
+    x, w = matrices(16, 48, 64)
+    large = torch.full((4, 64), 65504.0, dtype=torch.float16, device=DEVICE)
+    got = containers(large, rows=QuantRecipe(), operand_dtype=torch.float16)[2]
+    assert_same(got, fake_quantize(large.cpu(), QuantRecipe()))
+    (a, _, _), (b, _, _) = operands(x, rows=QuantRecipe()), operands(w, rows=QuantRecipe())
+    bias = torch.arange(96.0, device=DEVICE)[::2]
+    for backend in BACKENDS:
+        assert_is_product(product(a, b, torch.float32, bias, backend), a, b, bias)
+
+
+def test_every_layout_of_a_tensor_with_a_macro_block_of_256():
+    x = data((160, 288), torch.float32)
+    recipe = QuantRecipe.parse("mxfp4+mbs256")
+    rows, columns, x_hat = containers(x.to(DEVICE), rows=recipe, columns=QuantRecipe(), operand_dtype=torch.float32)
+    assert_same_container(rows, reference(quantize(x, recipe)))
+    assert_same_container(columns, reference(quantize(x, QuantRecipe(), 0)))
+    assert_same(x_hat, fake_quantize(x, recipe))

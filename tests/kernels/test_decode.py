@@ -86,6 +86,9 @@ def test_quantised_activations(name):
 def test_views_nan_and_empty():
     x, w = operands(6, 48, 200)
     y = decode_product(x.to(DEVICE), w.to(DEVICE), None, torch.float32)
+    bias = torch.randn(96, device=DEVICE, requires_grad=True)[::2]
+    biased = decode_product(x.to(DEVICE), w.to(DEVICE), bias, torch.float32)
+    assert torch.equal(biased, y + bias.detach()) and not biased.requires_grad
     wide = torch.randn(12, 400).bfloat16().to(DEVICE)
     for view in (wide[::2, ::2], wide[1:7, 3:203], wide[:6, 8:208]):
         view.copy_(x)
@@ -114,6 +117,30 @@ def test_sums_are_the_same_every_time_and_counters_stay_zero():
     assert not pool.any()
 
 
+def test_counters_are_aligned_and_nobody_else_s():
+    device = torch.zeros(0, device=DEVICE).device
+    dealt = [decode._counters(device, count) for count in (1, 5, 4, 3)]
+    assert all(counters.data_ptr() % 16 == 0 for counters in dealt)
+    assert all(a.data_ptr() + 4 * a.numel() <= b.data_ptr() for a, b in itertools.pairwise(dealt))
+
+
+@pytest.mark.skipif(not GPU, reason="captures a CUDA graph")
+def test_a_graph_has_counters_of_its_own():
+    x, w = (operand.to(DEVICE) for operand in operands(4, 80, 1024))
+    how = ALONG_K._replace(SPLIT=2)
+    expected = decode_product(x, w, None, torch.float32, how=how)
+    ((_pool, before),) = decode._POOLS.values()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode_product(x, w, None, torch.float32, how=how)
+    ((_pool, after),) = decode._POOLS.values()
+    assert after == before
+    for _ in range(2):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("M", [1, 9, 40])
 def test_planned_products(M):
     x, w = operands(M, 64, 160)
@@ -133,7 +160,7 @@ def test_products_that_cannot_be_are_refused():
         decode_product(x, quantize(torch.zeros(64, 32), axis=0))
     with pytest.raises(ValueError, match="rotated or pre-scaled"):
         decode_product(x, quantize(torch.zeros(32, 64), QuantRecipe(hadamard=64)))
-    with pytest.raises(ValueError, match=r"bias must be contiguous of shape \(32,\)"):
+    with pytest.raises(ValueError, match=r"bias must be of shape \(32,\)"):
         decode_product(x, w, torch.zeros(31))
     with pytest.raises(ValueError, match=r"out_dtype=torch\.float16"):
         decode_product(x, w, None, torch.float16)

@@ -5,6 +5,8 @@ through BF16 on older ones, in NumPy under the interpreter of Triton 3.9. The la
 addresses, tails, the order of the scales, passes, the bias. That the instruction is chosen: `tests/test_aot.py`.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -60,6 +62,18 @@ def test_bias_narrow_tiles_and_matrices_quantised_along_their_columns():
     tile = native.tiling(CAPABILITY if GPU else 10, 70)
     y = multiply(Operand(q_a.to(DEVICE)), Operand(q_b.to(DEVICE)), OUT, bias.to(DEVICE), **tile)
     assert_product(y, q_a, q_b, bias)
+    spread = torch.stack((bias, bias), 1).to(DEVICE)[:, 0]
+    assert torch.equal(multiply(Operand(q_a.to(DEVICE)), Operand(q_b.to(DEVICE)), OUT, spread, **tile), y)
+
+
+@needs_dot
+def test_codes_at_an_address_that_tma_does_not_take():
+    q_a, q_b = quantised(40, 96, "mxfp4", 2).to(DEVICE), quantised(20, 96, "mxfp4", 3).to(DEVICE)
+    shifted = torch.empty(q_a.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(q_a.codes.shape).copy_(q_a.codes)
+    odd = dataclasses.replace(q_a, codes=shifted)
+    expected = multiply(Operand(q_a), Operand(q_b), OUT, None, **TILE)
+    assert shifted.data_ptr() % 16 and Operand(odd).codes.data_ptr() % 16 == 0
+    assert torch.equal(multiply(Operand(odd), Operand(q_b), OUT, None, **TILE), expected)
 
 
 @needs_dot

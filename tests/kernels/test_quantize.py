@@ -52,6 +52,42 @@ def test_views_and_empty_tensors(name):
     assert container_kernel.container(torch.empty(0, 64, device=DEVICE), recipe).payload.shape == (0, 64)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (3, 1, 0, 2), (1, 0, 3, 2)], ids=str)
+def test_views_of_four_axes(order):
+    view = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE).permute(order)
+    for axis in range(4):
+        got = quantize_kernel.operand(view, QuantRecipe(), axis, torch.float32)
+        assert_same(got, fake_quantize(view.cpu(), QuantRecipe(), axis))
+        packed, q = quantize_kernel.packed(view, QuantRecipe(), axis), quantize(view.cpu(), QuantRecipe(), axis)
+        assert_same(packed.codes, q.codes)
+        assert_same(packed.dequantize(), q.dequantize())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensor_is():
+    x = torch.randn(64, 96, device="cuda:1")
+    with torch.cuda.device(0):
+        assert_same(fake_quantize(x, QuantRecipe()), fake_quantize(x.cpu(), QuantRecipe()))
+        assert_same(quantize(x, QuantRecipe()).dequantize(), fake_quantize(x.cpu(), QuantRecipe()))
+
+
+def test_long_axes_have_programs_enough():
+    """134 M elements would be 65537 tiles of a row: more than a second axis of programs may have."""
+
+    class Recorded(Exception):
+        pass
+
+    def record(grid):
+        raise Recorded(grid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(quantize_kernel._operand_kernel), "__getitem__", lambda _, grid: record(grid))
+        for shape, axis in (((2**27 + 1,), 0), ((2**21 + 1, 64), 0)):
+            with pytest.raises(Recorded) as grid:
+                quantize_kernel.operand(torch.empty(shape, device="meta"), QuantRecipe(), axis, torch.bfloat16)
+            assert len(grid.value.args[0]) == 1
+
+
 def test_backends_are_chosen_by_name():
     x, plain, search = torch.randn(4, 64, device=DEVICE), QuantRecipe(), QuantRecipe(scale_rule="search")
     assert_same(fake_quantize(x, plain, backend="triton"), fake_quantize(x.cpu(), plain))

@@ -29,10 +29,13 @@ from mxfp4_kernels.device import (
     exp2_byte,
     inverse_scale,
     largest_magnitude,
+    launches,
     load_columns,
     over_factor,
     supports,
+    to_type,
     two_passes,
+    unsupported,
 )
 from mxfp4_rl.quant.elements import decode_packed
 from mxfp4_rl.quant.scales import NAN_BYTE
@@ -40,10 +43,12 @@ from mxfp4_rl.quant.scales import exp2_byte as exp2_byte_reference
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 
+LARGE_MACRO = 256
 GROUP = 128  # elements that share a scale, unless macro blocks are smaller
 WINDOW = 14  # exponents between the largest and the smallest scale of a group
 HEADROOM = 6  # 6 * 2^6 = 384 is the largest payload
 LEAST_TOP = HEADROOM + 2  # keeps the scale, divided by a factor below 2, a normal number
+_WINDOW, _HEADROOM, _LEAST_TOP = tl.constexpr(WINDOW), tl.constexpr(HEADROOM), tl.constexpr(LEAST_TOP)
 ROWS_MULTIPLE = 16  # rows are padded to this, and the contraction to GROUP, with zeros: what cuBLAS asks for
 
 
@@ -54,13 +59,14 @@ class BlockContainer:
     Attributes:
         payload: float8_e4m3fn (rows up to a multiple of 16, K up to a multiple of 128).
         scale: float32 (padded K / group, padded rows).
-        wide: uint8 (padded rows + 1,), 1 for rows with a group that did not fit; the last says whether there is any.
+        wide: uint8 (padded rows,), 1 for rows with a group that did not fit; any_wide: uint8 (1,), whether there is one.
         shape: (rows, K) before padding; group: elements that share a scale.
     """
 
     payload: torch.Tensor
     scale: torch.Tensor
     wide: torch.Tensor
+    any_wide: torch.Tensor
     shape: tuple[int, int]
     group: int = GROUP
 
@@ -73,6 +79,10 @@ class BlockContainer:
 def fits(recipe: QuantRecipe | None) -> bool:
     """Whether containers hold operands of this recipe: MXFP4 with a fixed scale rule, static macro blocks or none."""
     return recipe is not None and supports(recipe) and recipe.fallback_alpha is None
+
+
+def _macro_size(recipe: QuantRecipe) -> int:
+    return recipe.macro_size if recipe.macro_block else 0
 
 
 def group_of(recipe: QuantRecipe) -> int:
@@ -102,9 +112,9 @@ def reference(q: MXFP4Tensor, group: int = GROUP) -> BlockContainer:
         factor = q.macro.repeat_interleave(max(1, q.macro_size // group), -1)[:, : scale.shape[1]]
         factor = torch.nn.functional.pad(factor, (0, scale.shape[1] - factor.shape[1], 0, pad_rows), value=1.0)
         scale = scale / factor
-    rows_wide = wide.any(-1)
-    flags = torch.cat((rows_wide, rows_wide.any().view(1))).to(torch.uint8)
-    return BlockContainer(payload.to(torch.float8_e4m3fn), scale.t().contiguous(), flags, (rows, length), group)
+    flags = wide.any(-1).to(torch.uint8)
+    any_wide = flags.amax().view(1)
+    return BlockContainer(payload.to(torch.float8_e4m3fn), scale.t().contiguous(), flags, any_wide, (rows, length), group)
 
 
 # ---- the kernel -------------------------------------------------------------------------------------------------------------
@@ -120,17 +130,17 @@ def _contain(
     first, byte, _v, _b, factor = two_passes(x, CARRY, SHIFT, MACRO, LARGEST, False)
     # A block is in use if its largest element does not round to zero.
     used = largest_magnitude(x, 2) * (inverse_scale(byte) * factor) > 0.25
-    top = tl.maximum(tl.max(tl.reshape(tl.where(used, byte, 0), (R, NB // BLOCKS, BLOCKS)), axis=2), 8)
+    top = tl.maximum(tl.max(tl.reshape(tl.where(used, byte, 0), (R, NB // BLOCKS, BLOCKS)), axis=2), _LEAST_TOP)
     low = tl.min(tl.reshape(tl.where(used, byte, 255), (R, NB // BLOCKS, BLOCKS)), axis=2)
-    wide = low < top - 14
+    wide = low < top - _WINDOW
     spread = tl.reshape(tl.broadcast_to(top[:, :, None], (R, NB // BLOCKS, BLOCKS)), (R, NB))
     left_out = tl.reshape(tl.broadcast_to(wide[:, :, None], (R, NB // BLOCKS, BLOCKS)), (R, NB))
-    shift = tl.where(left_out, 0.0, exp2_byte(tl.where(used, byte - spread + 6 + 127, 127)))
+    shift = tl.where(left_out, 0.0, exp2_byte(tl.where(used, byte - spread + _HEADROOM + 127, 127)))
     payload = (first * shift[:, :, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     if INTERPRETED:  # whose cast loses NaN
         payload = tl.where((byte == 255)[:, :, None], 0x7F, payload).to(tl.uint8)
     per_group = tl.max(tl.reshape(factor, (R, NB // BLOCKS, BLOCKS)), axis=2)
-    scale = exp2_byte(top - 6)
+    scale = exp2_byte(top - _HEADROOM)
     if MACRO > 0:
         scale = tl.div_rn(scale, per_group)
     return payload, scale, wide, first * exp2_byte(byte)[:, :, None], factor
@@ -148,7 +158,7 @@ def _store(
     mask = (rows < ROWS)[:, None] & (groups * G < K)[None, :]
     tl.store(scale_ptr + groups[None, :].to(tl.int64) * ROWS + rows[:, None], scale, mask=mask)
     tl.store(wide_ptr + rows[:, None] + tl.zeros((R, BK // G), tl.int32), wide.to(tl.uint8), mask=mask & wide)
-    tl.store(wide_ptr + ROWS + tl.zeros((R, BK // G), tl.int32), wide.to(tl.uint8), mask=mask & wide)
+    tl.store(wide_ptr + ROWS + tl.zeros((R, BK // G), tl.int32), wide.to(tl.uint8), mask=mask & wide)  # any_wide, behind them
 
 
 @triton.jit
@@ -177,7 +187,7 @@ def _tile_kernel(
             if MACRO > 0:
                 x_hat = over_factor(x_hat, factor)
             at = rows[:, None].to(tl.int64) * K + columns[None, :]
-            tl.store(operand_ptr + at, tl.reshape(x_hat, (BM, BK)).to(operand_ptr.dtype.element_ty), mask=mask)
+            tl.store(operand_ptr + at, to_type(tl.reshape(x_hat, (BM, BK)), operand_ptr.dtype.element_ty), mask=mask)
 
 
 def _up(n: int, multiple: int) -> int:
@@ -186,27 +196,30 @@ def _up(n: int, multiple: int) -> int:
 
 def _empty(rows: int, length: int, group: int, device) -> BlockContainer:
     pad_rows, pad_length = _up(rows, ROWS_MULTIPLE), _up(length, GROUP)
+    flags = torch.zeros(pad_rows + 1, dtype=torch.uint8, device=device)
     return BlockContainer(
         torch.empty(pad_rows, pad_length, dtype=torch.float8_e4m3fn, device=device),
         torch.empty(pad_length // group, pad_rows, dtype=torch.float32, device=device),
-        torch.zeros(pad_rows + 1, dtype=torch.uint8, device=device),
+        flags[:pad_rows],
+        flags[pad_rows:],
         (rows, length),
         group,
     )
 
 
+@launches
 def containers(
     x: torch.Tensor,
     rows: QuantRecipe | None = None,
     columns: QuantRecipe | None = None,
-    operand: torch.dtype | None = None,
+    operand_dtype: torch.dtype | None = None,
 ) -> tuple[BlockContainer | None, BlockContainer | None, torch.Tensor | None]:
     """What a training step needs of a matrix, from one read of it.
 
     Args:
         x: (M, K), float32, bfloat16 or float16, of any strides.
         rows, columns: recipes of the container of x, blocks along K, and of x^T, blocks along M; None leaves one out.
-        operand: dtype of x_hat (M, K), quantised by `rows`, or None to leave it out.
+        operand_dtype: dtype of x_hat (M, K), quantised by `rows`, or None to leave it out.
 
     Returns:
         (container of x, container of x^T, x_hat), None for what was left out.
@@ -216,16 +229,18 @@ def containers(
     """
     for recipe in (rows, columns):
         if recipe is not None and not fits(recipe):
-            raise ValueError(
-                f"FP8 containers hold MXFP4 with a fixed scale rule and static macro blocks or none, not {recipe.describe()}: "
-                "dequantise and multiply in BF16"
-            )
-    if operand is not None and rows is None:
+            why = unsupported(recipe) or "it has a fallback"
+            raise ValueError(f"no FP8 container holds {recipe.describe()} ({why}): dequantise and multiply in BF16")
+    if operand_dtype is not None and rows is None:
         raise ValueError("an operand is quantised by `rows`: give that recipe too")
+    if rows is not None and columns is not None and LARGE_MACRO in (_macro_size(rows), _macro_size(columns)):
+        # A tile of both would be 256 x 256, more than the registers hold.
+        first, _, x_hat = containers(x, rows=rows, operand_dtype=operand_dtype)
+        return first, containers(x, columns=columns)[1], x_hat
     M, K = x.shape
     first = _empty(M, K, group_of(rows), x.device) if rows is not None else None
     second = _empty(K, M, group_of(columns), x.device) if columns is not None else None
-    x_hat = torch.empty(M, K, dtype=operand, device=x.device) if operand is not None else None
+    x_hat = torch.empty(M, K, dtype=operand_dtype, device=x.device) if operand_dtype is not None else None
     if x.numel():
         how, how_t = (constants(r) if r is not None else None for r in (rows or columns, columns or rows))
         tile = _tile(how["GROUP"], how_t["GROUP"], columns is not None)
@@ -235,7 +250,7 @@ def containers(
             x, *views[0], *views[1], x_hat, M, K, *padded, x.stride(0), x.stride(1),
             CARRY=how["CARRY"], SHIFT=how["SHIFT"], MACRO=how["GROUP"], GROUP=group_of(rows or columns),
             CARRY_T=how_t["CARRY"], SHIFT_T=how_t["SHIFT"], MACRO_T=how_t["GROUP"], GROUP_T=group_of(columns or rows),
-            ROWS=rows is not None, COLUMNS=columns is not None, OPERAND=operand is not None, LARGEST=how["LARGEST"],
+            ROWS=rows is not None, COLUMNS=columns is not None, OPERAND=operand_dtype is not None, LARGEST=how["LARGEST"],
             enable_fp_fusion=False, **tile,
         )  # fmt: skip
     return first, second, x_hat

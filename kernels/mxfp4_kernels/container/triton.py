@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mxfp4_kernels.container.reference import Container
-from mxfp4_kernels.device import BLOCK, constants, exp2_byte, supports, two_passes
+from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, supports, two_passes
 from mxfp4_rl.recipe import QuantRecipe
 
 _ONE_READ = 8192  # longest row that is kept in registers between the two passes
@@ -166,6 +166,7 @@ def _payloads_kernel(
             tl.store(wide2_ptr + rows, wide2, mask=rows < M)
 
 
+@launches
 def container(x: torch.Tensor, recipe: QuantRecipe) -> Container:
     """Quantise the rows of a matrix (M, K), float32, bfloat16 or float16, of any strides; `x.t()` quantises columns."""
     M, K = x.shape

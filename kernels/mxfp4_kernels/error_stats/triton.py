@@ -34,6 +34,7 @@ from mxfp4_kernels.device import (
     exp2_byte,
     inverse_scale,
     largest_magnitude,
+    launches,
     scale_byte,
     static_factor,
 )
@@ -354,6 +355,7 @@ def _sums_kernel(
     tl.store(out + 16, tl.reshape(counts, (8,)).to(tl.float64))
 
 
+@launches
 def error_stats(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> ErrorStats:
     """`mxfp4_rl.quant.error_stats` of a recipe that `device.supports`.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from mxfp4_kernels.device import BLOCK
+from mxfp4_kernels.device import BLOCK, launches
 from mxfp4_kernels.matmul.decode_kernel import dot_kernel
 from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.quant.tensor import MXFP4Tensor
@@ -55,6 +55,7 @@ def plan(M: int, N: int, K: int) -> Plan:
     return best
 
 
+@launches
 def decode_product(
     x: torch.Tensor,
     w: MXFP4Tensor,
@@ -65,28 +66,30 @@ def decode_product(
 ) -> torch.Tensor:
     """x (M, K) times w_hat (N, K) transposed, plus bias: (M, N). Accumulated in float32; the same bits every time.
 
+    No autograd: the result has no gradient.
+
     The operand is the dequantised weight: code * scale exactly, whatever the scale; macro factors divide the sums of 128
     columns, or, where their blocks are no multiple of 128 elements, the values, which are then rounded to bfloat16; the second
     pass of an outlier fallback is summed apart and added with its alpha.
 
-    Call it once outside a CUDA graph before capturing: kernels compile and the arrival counters are made then. Partial sums
-    come from the caching allocator, so they belong to the stream or the graph; the counters of a call are its own (they are
-    dealt in turn from a pool, a thousand calls long or more), and the kernel leaves them zero.
+    Call it once outside a CUDA graph before capturing, since kernels compile then. Partial sums come from the caching
+    allocator, so they belong to the stream or the graph; so do the arrival counters of a captured call. Those of other calls
+    are dealt in turn from a pool, a thousand calls long or more, and the kernel leaves them zero.
 
     Args:
         x: bfloat16 (M, K), at most 64 rows, any strides; K % 8 == 0 and aligned rows spare a copy.
         w: quantised along its last axis, in blocks of 32, of shape (N, K); K % 128 == 0 spares a copy of the scales.
-        bias: (N,), or None.
+        bias: (N,), any stride, or None.
         out_dtype: torch.bfloat16 or torch.float32.
         activation: quantise x along K with this recipe first (W4A4); None multiplies x as it is.
         how: None for `plan(M, N, K)`.
 
     Raises:
         ValueError: shapes, types or devices that do not fit, more than 64 rows, a weight that was rotated or pre-scaled.
-        RuntimeError: a first call while a CUDA graph is captured.
     """
     _check(x, w, bias, out_dtype)
     (M, K), N = x.shape, w.shape[0]
+    bias = None if bias is None else bias.detach().contiguous()
     if not (M and N and K):
         y = torch.zeros(M, N, dtype=out_dtype, device=x.device)
         return y if bias is None else y + bias.to(out_dtype)
@@ -109,7 +112,7 @@ def decode_product(
         M, N, words.shape[1] * 2, w.scales.shape[1], scales.shape[1], words.stride(0), w.alpha, steps,
         BM=max(8 if how.ALONG_K else 16, triton.next_power_of_2(M)), BN=how.BN, W=how.W, ALONG_K=how.ALONG_K, SPLIT=how.SPLIT,
         MACRO=0 if w.macro is None else w.macro_size, RESIDUAL=second is not None, STAGES=how.STAGES, ASM=_ASM,
-        num_warps=how.W, num_stages=how.STAGES,
+        num_warps=how.W, num_stages=how.STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -125,8 +128,8 @@ def _check(x: torch.Tensor, w: MXFP4Tensor, bias: torch.Tensor | None, out_dtype
         raise ValueError(f"x has {x.shape[1]} columns and the weight {w.shape[1]}: both are contracted")
     if x.shape[0] > MOST_ROWS:
         raise ValueError(f"x has {x.shape[0]} rows; a decode product takes at most {MOST_ROWS}")
-    if bias is not None and (bias.shape != w.shape[:1] or not bias.is_contiguous()):
-        raise ValueError(f"bias must be contiguous of shape ({w.shape[0]},), not {tuple(bias.shape)}")
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ValueError(f"bias must be of shape ({w.shape[0]},), not {tuple(bias.shape)}")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out_dtype={out_dtype} is not torch.bfloat16 or torch.float32")
     if any(t.device != x.device for t in (w.codes, *([] if bias is None else [bias]))):
@@ -152,14 +155,14 @@ def _scale_words(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """The next `count` zeros of the device's pool, which the kernel leaves zero."""
+    """`count` zeros, aligned to 16 bytes, which the kernel leaves zero: a graph's own, or the next of the device's pool."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if device not in _POOLS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call decode_product once before capturing a CUDA graph")
         _POOLS[device] = [torch.zeros(1 << 20, dtype=torch.int32, device=device), 0]
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams must not read it earlier
     pool, start = _POOLS[device]
     start = 0 if start + count > pool.numel() else start
-    _POOLS[device][1] = start + count
+    _POOLS[device][1] = start + -(-count // 4) * 4  # a pointer of another alignment would compile another kernel
     return pool[start : start + count]

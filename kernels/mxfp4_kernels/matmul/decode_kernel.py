@@ -23,18 +23,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Four code bytes b0..b3 and their scales -> the low nibbles' values, then the high nibbles', as pairs of bfloat16.
+# Four code bytes b0..b3 and their scales -> the low nibbles' values, then the high nibbles', as pairs of bfloat16. Adding -0.0
+# changes no product, not even its sign where it is zero; `mul.bf16x2` would need capability 9.0.
 _DECODE = tl.constexpr(
     """{
-    .reg .b32 w, a, s;
+    .reg .b32 w, a, s, z;
     prmt.b32 w, $4, 0, 0x3120;
     shl.b32 a, w, 6;  shl.b32 s, w, 12; and.b32 a, a, 0x01C001C0; lop3.b32 $0, s, 0x80008000, a, 0xEA;
     shr.b32 a, w, 2;  shl.b32 s, w, 4;  and.b32 a, a, 0x01C001C0; lop3.b32 $1, s, 0x80008000, a, 0xEA;
     shl.b32 a, w, 2;  shl.b32 s, w, 8;  and.b32 a, a, 0x01C001C0; lop3.b32 $2, s, 0x80008000, a, 0xEA;
     shr.b32 a, w, 6;                    and.b32 a, a, 0x01C001C0; lop3.b32 $3, w, 0x80008000, a, 0xEA;
-    mov.b32 a, 0x7E807E80;
-    mul.bf16x2 $0, $0, a;  mul.bf16x2 $1, $1, a;  mul.bf16x2 $2, $2, a;  mul.bf16x2 $3, $3, a;
-    mul.bf16x2 $0, $0, $5; mul.bf16x2 $1, $1, $6; mul.bf16x2 $2, $2, $5; mul.bf16x2 $3, $3, $6;
+    mov.b32 a, 0x7E807E80; mov.b32 z, 0x80008000;
+    fma.rn.bf16x2 $0, $0, a, z;  fma.rn.bf16x2 $1, $1, a, z;  fma.rn.bf16x2 $2, $2, a, z;  fma.rn.bf16x2 $3, $3, a, z;
+    fma.rn.bf16x2 $0, $0, $5, z; fma.rn.bf16x2 $1, $1, $6, z; fma.rn.bf16x2 $2, $2, $5, z; fma.rn.bf16x2 $3, $3, $6, z;
     }"""
 )
 

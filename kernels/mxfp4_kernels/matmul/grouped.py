@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mxfp4_kernels.device import BLOCK
+from mxfp4_kernels.device import BLOCK, launches
 from mxfp4_kernels.matmul.fp8 import MULTIPLE, fits
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
 from mxfp4_kernels.matmul.grouped_repair import repair
@@ -113,7 +113,7 @@ def _wgrad_kernel(
     column = within % column_tiles * BN
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    begin = first // 32 * 32 if FP8 else first  # no other first token is allowed there: the result is NaN
+    begin = first // 32 * 32 if FP8 else first  # no other first token is allowed there
     whole = begin + tl.maximum(last - begin, 0) // BT * BT
     total = tl.zeros((BM, BN), tl.float32)
     for t in range(begin, whole, BT):
@@ -140,6 +140,7 @@ def _wgrad_kernel(
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])
 
 
+@launches
 def grouped_product(
     a: Operand | torch.Tensor,
     b: Experts | torch.Tensor,
@@ -148,6 +149,8 @@ def grouped_product(
     exact: bool = True,
 ) -> torch.Tensor:
     """Y[t] = W[e(t)] x[t], the product of every token with its expert's weight: (T, N).
+
+    No autograd: the result has no gradient.
 
     Args:
         a: tokens sorted by expert, (T, K): an Operand, or bfloat16 or float16.
@@ -186,13 +189,15 @@ def grouped_product(
     _schedule_kernel[(E + 1,)](offsets, tiles, total, T, E, limit, BM=BM, **every)
     _product_kernel[(min(_processors(x.device) * per_processor, limit * triton.cdiv(N, BN)),)](
         _descriptor(x, BM, BK), _descriptor(w, *((BK, BN) if transposed else (BN, BK))), y, *scales, offsets, tiles, total,
-        T, E, N, K, FP8=fp8, PROMOTE=PROMOTED if fp8 and exact else 0, TRANSPOSED=transposed, GROUP=8, **tile, **launch,
+        T, E, N, K, FP8=fp8, PROMOTE=PROMOTED if fp8 and exact else 0, TRANSPOSED=transposed, GROUP=8,
+        enable_fp_fusion=True, **tile, **launch,
     )  # fmt: skip
     if fp8:
         repair(a, b, y, offsets, wgrad=False)
     return y
 
 
+@launches
 def grouped_wgrad(
     g: Tokens | torch.Tensor,
     x: Tokens | torch.Tensor,
@@ -202,10 +207,12 @@ def grouped_wgrad(
 ) -> torch.Tensor:
     """dW[e] = sum over the tokens t of expert e of g[t] x[t]^T: (E, N, K), zero for experts without tokens.
 
+    No autograd: the result has no gradient.
+
     Args:
         g, x: tokens sorted by expert, (T, N) and (T, K): both Tokens, or both bfloat16 or float16.
-        offsets: as in `grouped_product`. For Tokens every offset must be a multiple of 32 (`align_to_blocks`); an expert
-            of others gets NaN.
+        offsets: as in `grouped_product`. For Tokens every offset must be a multiple of 32 (`align_to_blocks`); the result
+            of others is undefined.
         exact: as in `grouped_product`.
 
     Raises:
@@ -232,7 +239,8 @@ def grouped_wgrad(
         scales = None, None
         blocks = [_descriptor(m, depth, side) for depth in (BT, BLOCK) for m, side in ((a, BM), (b, BN))]
     _wgrad_kernel[(E * triton.cdiv(N, BM) * triton.cdiv(K, BN),)](
-        *blocks, y, *scales, offsets, N, K, FP8=fp8, PROMOTE=PROMOTED if fp8 and exact else 0, **tile, **launch,
+        *blocks, y, *scales, offsets, N, K, FP8=fp8, PROMOTE=PROMOTED if fp8 and exact else 0, enable_fp_fusion=True,
+        **tile, **launch,
     )  # fmt: skip
     if fp8:
         repair(g, x, y, offsets, wgrad=True)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from mxfp4_kernels.container.reference import Container
 from mxfp4_kernels.container.triton import _payload, _widen
-from mxfp4_kernels.device import BLOCK, constants, exp2_byte, two_passes
+from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, two_passes
 from mxfp4_kernels.matmul import fp8, operand
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -53,17 +53,22 @@ class Tokens(operand.Operand):
         if source.ndim != 2 or not fp8.fits(recipe):
             have = f"{tuple(source.shape)} of {recipe.describe()}"
             raise ValueError(f"tokens are (T, N), of a plain MXFP4 recipe, not {have}")
-        (T, N), E = source.shape, max(offsets.numel() - 1, 0)
-        payload = torch.empty(N, T, dtype=torch.float8_e4m3fn, device=source.device)
-        scale = torch.empty(E, N, dtype=torch.float32, device=source.device)
-        wide = torch.empty(E, N, dtype=torch.bool, device=source.device)
-        how = constants(recipe)
-        if E and N:
-            _tokens_kernel[(triton.cdiv(N, TILE["R"]), E)](
-                source, payload.view(torch.uint8), scale, wide, offsets, T, N, *source.stride(),
-                CARRY=how["CARRY"], SHIFT=how["SHIFT"], **TILE, enable_fp_fusion=False,
-            )  # fmt: skip
-        super().__init__(source, recipe, Container(payload, scale, wide))
+        super().__init__(source, recipe, _container(source, recipe, offsets))
+
+
+@launches
+def _container(source: torch.Tensor, recipe: QuantRecipe, offsets: torch.Tensor) -> Container:
+    (T, N), E = source.shape, max(offsets.numel() - 1, 0)
+    payload = torch.empty(N, T, dtype=torch.float8_e4m3fn, device=source.device)
+    scale = torch.empty(E, N, dtype=torch.float32, device=source.device)
+    wide = torch.empty(E, N, dtype=torch.bool, device=source.device)
+    how = constants(recipe)
+    if E and N:
+        _tokens_kernel[(triton.cdiv(N, TILE["R"]), E)](
+            source, payload.view(torch.uint8), scale, wide, offsets, T, N, *source.stride(),
+            CARRY=how["CARRY"], SHIFT=how["SHIFT"], **TILE, enable_fp_fusion=False,
+        )  # fmt: skip
+    return Container(payload, scale, wide)
 
 
 def align_to_blocks(offsets: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, int]:

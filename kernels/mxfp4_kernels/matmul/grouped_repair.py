@@ -1,6 +1,6 @@
 """Rows that no FP8 container holds, in grouped products: multiplied from their unquantised sources, overwriting zeros.
 
-`fp8.py`'s repair for groups. A program belongs to an expert and looks at the flags of one of its operands: the tokens' or the
+`repair.py` for groups. A program belongs to an expert and looks at the flags of one of its operands: the tokens' or the
 weight's in a product, where columns or rows are the expert's tokens, both sides' features in a wgrad, where the contraction is.
 Where no row is flagged it ends at once.
 """
@@ -12,32 +12,8 @@ import triton
 import triton.language as tl
 
 from mxfp4_kernels.device import constants
-from mxfp4_kernels.matmul.fp8 import _operand
 from mxfp4_kernels.matmul.operand import Operand
-
-
-@triton.jit
-def _rows(
-    a_ptr, b_ptr, wide_ptr, y_ptr, rows, columns, first, last, a_row, a_k, b_row, b_k, y_row, y_column,
-    CARRY_A: tl.constexpr, SHIFT_A: tl.constexpr, CARRY_B: tl.constexpr, SHIFT_B: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr,
-):  # fmt: skip
-    """y[r, :] = sum over k = first .. last - 1 of a_hat[r, k] b_hat[:, k], for the flagged rows of A."""
-    for r0 in range(0, rows, FLAGS):
-        flags = tl.load(wide_ptr + r0 + tl.arange(0, FLAGS), mask=r0 + tl.arange(0, FLAGS) < rows, other=0)
-        if tl.max(flags.to(tl.int32), axis=0) > 0:
-            for r in range(r0, tl.minimum(r0 + FLAGS, rows)):
-                if tl.load(wide_ptr + r) != 0:
-                    for c0 in range(tl.program_id(1) * BN, columns, tl.num_programs(1) * BN):
-                        column = c0 + tl.arange(0, BN)
-                        total = tl.zeros((BN,), tl.float32)
-                        for k0 in range(first, last, BK):
-                            k = k0 + tl.arange(0, BK)
-                            row = _operand(a_ptr, r + tl.arange(0, 1), rows, k, last, a_row, a_k, CARRY_A, SHIFT_A)
-                            tile = _operand(b_ptr, column, columns, k, last, b_row, b_k, CARRY_B, SHIFT_B)
-                            total += tl.sum(tile * row, axis=1)
-                        at = (r + tl.zeros((BN,), tl.int64)) * y_row + column.to(tl.int64) * y_column
-                        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=column < columns)
+from mxfp4_kernels.matmul.repair import repair_rows
 
 
 @triton.jit
@@ -64,14 +40,14 @@ def _repair_kernel(
         y_ptr += begin.to(tl.int64) * N
     if end > begin:
         if tl.program_id(2) == 0:
-            _rows(
-                a_ptr, b_ptr, a_wide_ptr, y_ptr, rows, columns, first, last, a_row, a_k, b_row, b_k, width, 1,
-                CARRY_A, SHIFT_A, CARRY_B, SHIFT_B, BN, BK, FLAGS,
+            repair_rows(
+                a_ptr, b_ptr, a_wide_ptr, None, y_ptr, rows, columns, first, last, a_row, a_k, b_row, b_k, width, 1,
+                tl.program_id(1), tl.num_programs(1), CARRY_A, SHIFT_A, 0, CARRY_B, SHIFT_B, 0, 1.0, False, BN, BK, FLAGS,
             )  # fmt: skip
         else:
-            _rows(
-                b_ptr, a_ptr, b_wide_ptr, y_ptr, columns, rows, first, last, b_row, b_k, a_row, a_k, 1, width,
-                CARRY_B, SHIFT_B, CARRY_A, SHIFT_A, BN, BK, FLAGS,
+            repair_rows(
+                b_ptr, a_ptr, b_wide_ptr, None, y_ptr, columns, rows, first, last, b_row, b_k, a_row, a_k, 1, width,
+                tl.program_id(1), tl.num_programs(1), CARRY_B, SHIFT_B, 0, CARRY_A, SHIFT_A, 0, 1.0, False, BN, BK, FLAGS,
             )  # fmt: skip
 
 

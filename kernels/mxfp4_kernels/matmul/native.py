@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mxfp4_kernels.device import BLOCK
+from mxfp4_kernels.device import BLOCK, launches
 from mxfp4_rl.quant.scales import NAN_BYTE
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
@@ -57,7 +57,8 @@ class Operand:
             shifted = (byte.int() + exponent - 1).clamp_(min=0)  # what that changes is below 2^-124
             codes.append(q.residual.codes)
             scales.append(torch.where(byte == NAN_BYTE, byte, shifted.to(torch.uint8)))
-        self.codes = torch.stack(codes) if len(codes) > 1 else q.codes.contiguous().unsqueeze(0)
+        stored = torch.stack(codes) if len(codes) > 1 else q.codes.contiguous().unsqueeze(0)
+        self.codes = stored.clone() if stored.data_ptr() % 16 else stored  # TMA's alignment
         self.scales = core_order(torch.stack(scales))
 
 
@@ -93,13 +94,16 @@ def tiling(capability: int, N: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 128, "num_warps": 8, "num_stages": 3}
 
 
+@launches
 def multiply(a: Operand, b: Operand, out_dtype: torch.dtype, bias: torch.Tensor | None, **tile: int) -> torch.Tensor:
     """`product` on any GPU: Triton multiplies in BF16 where there is nothing native, which is slower and no less exact."""
     (_, M, width), (_, N, _), device = a.codes.shape, b.codes.shape, a.codes.device
     if a.length != b.length:
         raise ValueError(f"A has {a.length} columns and B {b.length}: both are contracted")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
+        bias = bias.contiguous()
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out_dtype={out_dtype} is not one of torch.bfloat16, torch.float32")
     if not (M and N and width):

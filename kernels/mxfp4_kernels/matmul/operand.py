@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class Operand:
         source: the matrix before it was quantised: what a product reads where the container could not hold a row. It must not
             change while the operand lives.
         recipe: how it was quantised.
-        container: `payload` float8_e4m3fn, its float32 `scale`, the flags `wide`.
+        container: a dataclass with `payload` float8_e4m3fn, its float32 `scale`, the flags `wide`.
     """
 
     def __init__(self, source: torch.Tensor, recipe: QuantRecipe, container: Any):
@@ -25,9 +26,19 @@ class Operand:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What autograd has to save."""
-        return self.source, self.container.payload, self.container.scale, self.container.wide
+        return self.source, *(getattr(self.container, name) for name in self._names())
 
-    def with_tensors(self, tensors: tuple[torch.Tensor | None, ...]) -> Operand:
-        """The same operand over other tensors, or over none: a template that keeps no memory."""
-        source, payload, scale, wide = tensors
-        return Operand(source, self.recipe, dataclasses.replace(self.container, payload=payload, scale=scale, wide=wide))
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Operand:
+        """The same operand over other tensors, in the order of `tensors`."""
+        source, *others = tensors
+        return Operand(
+            source, self.recipe, dataclasses.replace(self.container, **dict(zip(self._names(), others, strict=True)))
+        )
+
+    def template(self) -> Operand:
+        """An operand for `with_tensors` that keeps no memory."""
+        return self.with_tensors([torch.empty(0)] * len(self.tensors()))
+
+    def _names(self) -> list[str]:
+        fields = (field.name for field in dataclasses.fields(self.container))
+        return [name for name in fields if isinstance(getattr(self.container, name), torch.Tensor)]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import INTERPRETED, largest_magnitude
+from mxfp4_kernels.device import INTERPRETED, largest_magnitude, launches
 
 MULTIPLE = 16  # of both the contraction and the output columns: what FP8 products ask for
 LARGEST = 448.0
@@ -38,6 +38,7 @@ class Operand:
         return (self.payload.float() * self.scale.unsqueeze(1)).to(dtype)
 
 
+@launches
 def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, fast: bool = False) -> torch.Tensor:
     """A_hat (M, K) times B_hat (N, K) transposed: (M, N). `fast` leaves all sums to the tensor core's own accumulator.
 
@@ -170,6 +171,7 @@ def _columns_kernel(
         tl.store(scale_ptr + rows, scale, mask=rows < M)
 
 
+@launches
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (rows, K), float32, bfloat16 or float16 of any strides -> float8_e4m3fn (rows, K), float32 (rows,)."""
     M, K = x.shape

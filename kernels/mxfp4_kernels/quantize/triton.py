@@ -10,20 +10,21 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, over_factor, two_passes
-from mxfp4_kernels.views import matrices, merges
+from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, launches, over_factor, tile_of, to_type, two_passes
+from mxfp4_kernels.views import matrices, merges, paired
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 
 
 @triton.jit
 def _load_blocks(x_ptr, M, K, stride_m, stride_k, R: tl.constexpr, BK: tl.constexpr):
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    columns = tl.program_id(1) * BK + tl.arange(0, BK)
+    down, across = tile_of(M, R)
+    rows = down * R + tl.arange(0, R)
+    columns = across * BK + tl.arange(0, BK)
     mask = (rows < M)[:, None] & (columns < K)[None, :]
     at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.reshape(x, (R, BK // 32, 32)), rows, columns, mask
+    return tl.reshape(x, (R, BK // 32, 32)), rows, columns, mask, across
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _operand_kernel(
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    x, rows, columns, mask = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
+    x, rows, columns, mask, _across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
     first, byte, second, byte2, factor = two_passes(x, CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
     x_hat = first * exp2_byte(byte)[:, :, None]
     if FALLBACK:
@@ -40,20 +41,18 @@ def _operand_kernel(
     if GROUP > 0:
         x_hat = over_factor(x_hat, factor)
     x_hat = tl.reshape(x_hat, (R, BK))
-    if out_ptr.dtype.element_ty == tl.float16:  # rounding up passes float16's end; NaN stays
-        x_hat = tl.where(x_hat > 65504.0, 65504.0, tl.where(x_hat < -65504.0, -65504.0, x_hat))
     at = rows[:, None].to(tl.int64) * out_m + columns[None, :].to(tl.int64) * out_k
-    tl.store(out_ptr + at, x_hat.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, to_type(x_hat, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_pass(values, byte, codes_ptr, scales_ptr, rows, M, NB, R: tl.constexpr, BK: tl.constexpr):
+def _store_pass(values, byte, codes_ptr, scales_ptr, rows, across, M, NB, R: tl.constexpr, BK: tl.constexpr):
     even, odd = tl.split(tl.reshape(e2m1_code(values), (R, BK // 2, 2)))
-    pairs = tl.program_id(1) * (BK // 2) + tl.arange(0, BK // 2)
+    pairs = across * (BK // 2) + tl.arange(0, BK // 2)
     offset = rows[:, None].to(tl.int64)
     mask = (rows < M)[:, None] & (pairs < NB * 16)[None, :]
     tl.store(codes_ptr + offset * (NB * 16) + pairs[None, :], (even | (odd << 4)).to(tl.uint8), mask=mask)
-    blocks = tl.program_id(1) * (BK // 32) + tl.arange(0, BK // 32)
+    blocks = across * (BK // 32) + tl.arange(0, BK // 32)
     mask = (rows < M)[:, None] & (blocks < NB)[None, :]
     tl.store(scales_ptr + offset * NB + blocks[None, :], byte.to(tl.uint8), mask=mask)
 
@@ -64,26 +63,26 @@ def _packed_kernel(
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    x, rows, _columns, _mask = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
+    x, rows, _columns, _mask, across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
     first, byte, second, byte2, factor = two_passes(x, CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
     NB = tl.cdiv(K, 32)
-    _store_pass(first, byte, codes_ptr, scales_ptr, rows, M, NB, R, BK)
+    _store_pass(first, byte, codes_ptr, scales_ptr, rows, across, M, NB, R, BK)
     if FALLBACK:
-        _store_pass(second, byte2, codes2_ptr, scales2_ptr, rows, M, NB, R, BK)
+        _store_pass(second, byte2, codes2_ptr, scales2_ptr, rows, across, M, NB, R, BK)
     if GROUP > 0:
         G: tl.constexpr = BK // (32 * GROUP)
         NM = tl.cdiv(K, 32 * GROUP)
-        macros = tl.program_id(1) * G + tl.arange(0, G)
+        macros = across * G + tl.arange(0, G)
         per_macro = tl.max(tl.reshape(factor, (R, G, GROUP)), axis=2)
         mask = (rows < M)[:, None] & (macros < NM)[None, :]
         tl.store(macro_ptr + rows[:, None].to(tl.int64) * NM + macros[None, :], per_macro, mask=mask)
 
 
+@launches
 def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype) -> torch.Tensor:
     """`fake_quantize` of a contiguous or strided tensor; the result is contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    merged = merges(x, axis) and merges(out, axis)
-    for x_matrix, out_matrix in zip(matrices(x, axis, merged), matrices(out, axis, merged), strict=True):
+    for x_matrix, out_matrix in paired(x, out, axis):
         M, K = x_matrix.shape
         tile, grid = _tiling(x_matrix, recipe)
         _operand_kernel[grid](
@@ -93,6 +92,7 @@ def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype)
     return out
 
 
+@launches
 def packed(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> MXFP4Tensor:
     """`quantize` of a contiguous or strided tensor."""
     lead = [*x.shape[:axis], *x.shape[axis + 1 :]]
@@ -121,7 +121,7 @@ def packed(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> MXFP4Tensor:
     return built
 
 
-def _tiling(x: torch.Tensor, recipe: QuantRecipe) -> tuple[dict[str, int], tuple[int, int]]:
+def _tiling(x: torch.Tensor, recipe: QuantRecipe) -> tuple[dict[str, int], tuple[int]]:
     M, K = x.shape
     unit = BLOCK * max(1, constants(recipe)["GROUP"])
     if x.stride(1) == 1 or x.stride(0) != 1:
@@ -129,4 +129,4 @@ def _tiling(x: torch.Tensor, recipe: QuantRecipe) -> tuple[dict[str, int], tuple
         tile = {"R": max(1, 2048 // wide), "BK": wide, "num_warps": 4}
     else:  # blocks along columns: neighbouring threads read neighbouring rows, each thread its own block
         tile = {"R": 64, "BK": unit, "num_warps": 2 if unit <= 64 else 4}
-    return tile, (triton.cdiv(M, tile["R"]), triton.cdiv(K, tile["BK"]))
+    return tile, (triton.cdiv(M, tile["R"]) * triton.cdiv(K, tile["BK"]),)
