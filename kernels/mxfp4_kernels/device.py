@@ -94,6 +94,13 @@ def largest_magnitude(x, axis: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k):
+    """Some rows and columns of x (M, K), float32 (rows, columns), zeros outside of x."""
+    at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
+    return tl.load(x_ptr + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM: tl.constexpr, BK: tl.constexpr):
     """A tile of x (M, K), its columns as rows: float32 (BK, BM / 32, 32), zeros outside of x.
 

@@ -12,6 +12,8 @@ Plain recipes multiply with a scale a row (`matmul/fp8.py`), macro blocks with o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mxfp4_rl.nn.operand import operand
@@ -41,24 +43,43 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Plan:
-    """Which products of a layer are FP8, with which kernels, and what they need of a tensor; for a number of tokens."""
+    """Which products of a layer are FP8, with which kernels, and what they need of a tensor.
 
-    def __init__(self, recipe: ModelRecipe, tokens: int, in_features: int, out_features: int):
+    Args:
+        weight, activation, grad: recipes of the forward's operands and of the gradient, as in ModelRecipe.
+        weight_back, activation_back: those of the operands in an "mx" backward product, None without a `grad`.
+        dgrad, wgrad: as in ModelRecipe.
+        features_fit, tokens_fit: whether they are multiples of what row-wise products ask for.
+    """
+
+    def __init__(self, weight, activation, grad, weight_back, activation_back, dgrad, wgrad, features_fit, tokens_fit):
         from mxfp4_kernels.container import blocks as containers
         from mxfp4_kernels.matmul import blocks, fp8
 
-        grad = recipe.grad if recipe.grad is not None and containers.fits(recipe.grad) else None
-        weight, activation = (recipe.in_backward(o) if recipe.grad else None for o in ("weight", "activation"))
-        self.dgrad = recipe.dgrad == "mx" and grad is not None and containers.fits(weight)
-        self.wgrad = recipe.wgrad == "mx" and grad is not None and containers.fits(activation)
-        used = [recipe.weight, recipe.activation, *([grad] if self.dgrad or self.wgrad else [])]
-        whole = all(n % fp8.MULTIPLE == 0 for n in (in_features, out_features))  # whatever the tokens: weights are kept
-        self.kernels = fp8 if whole and all(fp8.fits(r) for r in used) else blocks
-        if self.kernels is fp8 and tokens % fp8.MULTIPLE:
+        grad = grad if containers.fits(grad) else None
+        self.dgrad = dgrad == "mx" and grad is not None and containers.fits(weight_back)
+        self.wgrad = wgrad == "mx" and grad is not None and containers.fits(activation_back)
+        used = [weight, activation, *([grad] if self.dgrad or self.wgrad else [])]
+        self.kernels = (
+            fp8 if features_fit and all(fp8.fits(r) for r in used) else blocks
+        )  # whatever the tokens: weights are kept
+        if self.kernels is fp8 and not tokens_fit:
             self.wgrad = False
-        self.of_weight = {"rows": recipe.weight, "columns": weight if self.dgrad else None}
-        self.of_input = {"rows": recipe.activation, "columns": activation if self.wgrad else None}
+        self.of_weight = {"rows": weight, "columns": weight_back if self.dgrad else None}
+        self.of_input = {"rows": activation, "columns": activation_back if self.wgrad else None}
         self.of_grad = {"rows": grad if self.dgrad else None, "columns": grad if self.wgrad else None}
+
+
+_plan = functools.cache(Plan)  # asked for at every forward
+
+
+def plan_for(recipe: ModelRecipe, tokens: int, in_features: int, out_features: int) -> Plan:
+    """The plan of a layer for a number of tokens; read only, since layers share it."""
+    from mxfp4_kernels.matmul.fp8 import MULTIPLE
+
+    backward = (recipe.in_backward(operand) if recipe.grad else None for operand in ("weight", "activation"))
+    fit = in_features % MULTIPLE == out_features % MULTIPLE == 0, tokens % MULTIPLE == 0
+    return _plan(recipe.weight, recipe.activation, recipe.grad, *backward, recipe.dgrad, recipe.wgrad, *fit)
 
 
 class FP8Matmul(torch.autograd.Function):

@@ -117,7 +117,7 @@ class MXFP4Linear(nn.Linear):
 
     def _fp8_forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        plan = fp8.Plan(self.recipe, *tokens.shape, self.out_features)
+        plan = fp8.plan_for(self.recipe, *tokens.shape, self.out_features)
         needed = dict(plan.of_input)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             needed["columns"] = None

@@ -31,6 +31,7 @@ from mxfp4_kernels.device import (
     largest_magnitude,
     launches,
     load_columns,
+    load_tile,
     over_factor,
     supports,
     to_type,
@@ -178,15 +179,14 @@ def _tile_kernel(
         _store(payload, scale, wide, payload_t_ptr, scale_t_ptr, wide_t_ptr, k0, m0, K_ROWS, M_LONG, BK, BM, GROUP_T)
     if ROWS:
         rows, columns = m0 + tl.arange(0, BM), k0 + tl.arange(0, BK)
-        mask = (rows < M)[:, None] & (columns < K)[None, :]
-        at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
-        blocks = tl.reshape(tl.load(x_ptr + at, mask=mask, other=0.0), (BM, BK // 32, 32)).to(tl.float32)
+        blocks = tl.reshape(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), (BM, BK // 32, 32))
         payload, scale, wide, x_hat, factor = _contain(blocks, CARRY, SHIFT, MACRO, LARGEST, GROUP // 32)
         _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, m0, k0, M_ROWS, K_LONG, BM, BK, GROUP)
         if OPERAND:
             if MACRO > 0:
                 x_hat = over_factor(x_hat, factor)
             at = rows[:, None].to(tl.int64) * K + columns[None, :]
+            mask = (rows < M)[:, None] & (columns < K)[None, :]
             tl.store(operand_ptr + at, to_type(tl.reshape(x_hat, (BM, BK)), operand_ptr.dtype.element_ty), mask=mask)
 
 

@@ -221,6 +221,13 @@ def _pooled(total, energies, scale):
 
 
 @triton.jit
+def _over_blocks(energies, further, counts, FURTHER: tl.constexpr):
+    """Sums over the blocks of a program; `further` is zero where nothing was added to it."""
+    more = tl.sum(further, 0) if FURTHER else tl.zeros((2, 2, 2), tl.float64)
+    return tl.sum(energies, 0), more, tl.sum(counts, 0)
+
+
+@triton.jit
 def _column_blocks(x_ptr, columns, block, M, K, stride_m, stride_k):
     """Block `block` of each of the columns, (C, 32), and its number of elements."""
     C: tl.constexpr = columns.shape[0]
@@ -263,10 +270,7 @@ def _column_sums(
             if CLIPS or CAREFUL or FALLBACK:
                 further = _pooled(further, b, scale)
             counts += c
-    if CLIPS or CAREFUL or FALLBACK:
-        return tl.sum(energies, 0), tl.sum(further, 0), tl.sum(counts, 0)
-    else:
-        return tl.sum(energies, 0), tl.zeros((2, 2, 2), tl.float64), tl.sum(counts, 0)
+    return _over_blocks(energies, further, counts, CLIPS or CAREFUL or FALLBACK)
 
 
 @triton.jit
@@ -308,10 +312,7 @@ def _row_sums(
         if CLIPS or CAREFUL or FALLBACK:
             further = _pooled(further, b, scale)
         counts += c
-    if CLIPS or CAREFUL or FALLBACK:
-        return tl.sum(energies, 0), tl.sum(further, 0), tl.sum(counts, 0)
-    else:
-        return tl.sum(energies, 0), tl.zeros((2, 2, 2), tl.float64), tl.sum(counts, 0)
+    return _over_blocks(energies, further, counts, CLIPS or CAREFUL or FALLBACK)
 
 
 @triton.jit

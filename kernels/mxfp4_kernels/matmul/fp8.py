@@ -58,6 +58,34 @@ def operands(
     )
 
 
+def row_wise(a, b, out_dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
+    """P_a P_b^T, each row and column times its scale: (M, N).
+
+    a, b have `payload` float8_e4m3fn (rows, K), `scale` float32 (rows,) and `dequantize()`. In float32 on a CPU; `fast` leaves
+    all sums to the tensor core's own accumulator.
+
+    Raises:
+        ValueError: K differs, or K or N is no multiple of 16.
+    """
+    (M, K), (N, other) = a.payload.shape, b.payload.shape
+    if other != K:
+        raise ValueError(f"A has {K} columns and B {other}: both are contracted")
+    if K % MULTIPLE or N % MULTIPLE:
+        raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
+    if not (M and N and K):
+        return torch.zeros(M, N, dtype=out_dtype, device=a.payload.device)
+    if not a.payload.is_cuda:
+        return (a.dequantize() @ b.dequantize().t()).to(out_dtype)
+    return torch._scaled_mm(
+        a.payload,
+        b.payload.t(),
+        scale_a=a.scale.unsqueeze(1),
+        scale_b=b.scale.unsqueeze(0),
+        out_dtype=out_dtype,
+        use_fast_accum=fast,
+    )
+
+
 @launches
 def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A_hat (M, K) times B_hat (N, K) transposed, plus bias (N,) if given: (M, N).
@@ -65,26 +93,9 @@ def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, bia
     On a CPU, where only the repair is a kernel (interpreted), the product itself is in float32.
 
     Raises:
-        ValueError: K differs, or K or N is no multiple of 16.
+        ValueError: as `row_wise`.
     """
-    (M, K), (N, other) = a.container.payload.shape, b.container.payload.shape
-    if other != K:
-        raise ValueError(f"A has {K} columns and B {other}: both are contracted")
-    if K % MULTIPLE or N % MULTIPLE:
-        raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
-    if not (M and N and K):
-        y = torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
-        return y if bias is None else y.add_(bias)
-    if a.source.is_cuda:
-        y = torch._scaled_mm(
-            a.container.payload,
-            b.container.payload.t(),
-            scale_a=a.container.scale.unsqueeze(1),
-            scale_b=b.container.scale.unsqueeze(0),
-            out_dtype=out_dtype,
-            use_fast_accum=False,
-        )
-    else:
-        y = (a.container.dequantize() @ b.container.dequantize().t()).to(out_dtype)
-    repair(a, b, y)
+    y = row_wise(a.container, b.container, out_dtype)
+    if y.numel() and a.source.numel():
+        repair(a, b, y)
     return y if bias is None else y.add_(bias)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from mxfp4_kernels.container.reference import Container
 from mxfp4_kernels.container.triton import _payload, _widen
-from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, two_passes
+from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, load_tile, two_passes
 from mxfp4_kernels.matmul import fp8, operand
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -93,9 +93,7 @@ def align_to_blocks(offsets: torch.Tensor, rows: int) -> tuple[torch.Tensor, tor
 @triton.jit
 def _quantised(x_ptr, rows, tokens, last, N, stride_t, stride_n, CARRY: tl.constexpr, SHIFT: tl.constexpr):
     """E2M1 values (R, BT / 32, 32) and scale bytes of some features' tokens."""
-    mask = (rows < N)[:, None] & (tokens < last)[None, :]
-    at = rows[:, None].to(tl.int64) * stride_n + tokens[None, :].to(tl.int64) * stride_t
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = load_tile(x_ptr, rows, tokens, N, last, stride_n, stride_t)
     R: tl.constexpr = x.shape[0]
     NB: tl.constexpr = x.shape[1] // 32
     values, byte, _v, _b, _f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, 0, 1.0, False)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import constants, exp2_byte, over_factor, two_passes
+from mxfp4_kernels.device import constants, exp2_byte, load_tile, over_factor, two_passes
 from mxfp4_kernels.matmul.operand import Operand
 
 
@@ -20,9 +20,7 @@ def x_hat(
     CARRY: tl.constexpr, SHIFT: tl.constexpr, MACRO: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """The operand at some rows and columns, float32 (rows, columns)."""
-    mask = (rows < count)[:, None] & (columns < K)[None, :]
-    at = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_k
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = load_tile(x_ptr, rows, columns, count, K, stride_row, stride_k)
     R: tl.constexpr = x.shape[0]
     BK: tl.constexpr = x.shape[1]
     first, byte, _v, _b, factor = two_passes(tl.reshape(x, (R, BK // 32, 32)), CARRY, SHIFT, MACRO, LARGEST, False)

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import INTERPRETED, largest_magnitude, launches
+from mxfp4_kernels.device import INTERPRETED, largest_magnitude, launches, load_tile
+from mxfp4_kernels.matmul.fp8 import row_wise
 
-MULTIPLE = 16  # of both the contraction and the output columns: what FP8 products ask for
 LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126  # its reciprocal is still a float32 number
 _ONE_READ = 16384  # longest row that is kept in registers
@@ -45,25 +45,9 @@ def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, fas
     On a CPU in float32, then rounded.
 
     Raises:
-        ValueError: K differs, or K or N is no multiple of 16.
+        ValueError: as `fp8.row_wise`.
     """
-    (M, K), (N, other) = a.payload.shape, b.payload.shape
-    if other != K:
-        raise ValueError(f"A has {K} columns and B {other}: both are contracted")
-    if K % MULTIPLE or N % MULTIPLE:
-        raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
-    if not (M and N and K):
-        return torch.zeros(M, N, dtype=out_dtype, device=a.payload.device)
-    if not a.payload.is_cuda:
-        return (a.dequantize() @ b.dequantize().t()).to(out_dtype)
-    return torch._scaled_mm(
-        a.payload,
-        b.payload.t(),
-        scale_a=a.scale.unsqueeze(1),
-        scale_b=b.scale.unsqueeze(0),
-        out_dtype=out_dtype,
-        use_fast_accum=fast,
-    )
+    return row_wise(a, b, out_dtype, fast)
 
 
 def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,12 +120,6 @@ def _rows_kernel(
 
 
 @triton.jit
-def _load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k):
-    at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
-    return tl.load(x_ptr + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _column_amax_kernel(
     x_ptr, bits_ptr, M, K, stride_m, stride_k, R: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
@@ -149,7 +127,7 @@ def _column_amax_kernel(
     largest = tl.zeros((R, BK), tl.int32)
     for step in range(STEPS):
         columns = (tl.program_id(1) * STEPS + step) * BK + tl.arange(0, BK)
-        x = _load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
+        x = load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     tl.atomic_max(bits_ptr + rows, tl.max(largest, axis=1), mask=rows < M)
 
@@ -164,7 +142,7 @@ def _columns_kernel(
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     bits = tl.load(bits_ptr + rows, mask=rows < M, other=0)
     scale = _scale(bits.to(tl.float32, bitcast=True), LARGEST, SMALLEST_SCALE)
-    payload = _payload(_load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), scale)
+    payload = _payload(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), scale)
     out = payload_ptr + rows[:, None].to(tl.int64) * K + columns[None, :]
     tl.store(out, payload, mask=(rows < M)[:, None] & (columns < K)[None, :])
     if tl.program_id(1) == 0:

@@ -10,7 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import BLOCK, constants, e2m1_code, exp2_byte, launches, over_factor, tile_of, to_type, two_passes
+from mxfp4_kernels.device import (
+    BLOCK,
+    constants,
+    e2m1_code,
+    exp2_byte,
+    launches,
+    load_tile,
+    over_factor,
+    tile_of,
+    to_type,
+    two_passes,
+)
 from mxfp4_kernels.views import matrices, merges, paired
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
@@ -21,10 +32,8 @@ def _load_blocks(x_ptr, M, K, stride_m, stride_k, R: tl.constexpr, BK: tl.conste
     down, across = tile_of(M, R)
     rows = down * R + tl.arange(0, R)
     columns = across * BK + tl.arange(0, BK)
-    mask = (rows < M)[:, None] & (columns < K)[None, :]
-    at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.reshape(x, (R, BK // 32, 32)), rows, columns, mask, across
+    x = load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
+    return tl.reshape(x, (R, BK // 32, 32)), rows, columns, across
 
 
 @triton.jit
@@ -33,7 +42,7 @@ def _operand_kernel(
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    x, rows, columns, mask, _across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
+    x, rows, columns, _across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
     first, byte, second, byte2, factor = two_passes(x, CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
     x_hat = first * exp2_byte(byte)[:, :, None]
     if FALLBACK:
@@ -41,6 +50,7 @@ def _operand_kernel(
     if GROUP > 0:
         x_hat = over_factor(x_hat, factor)
     x_hat = tl.reshape(x_hat, (R, BK))
+    mask = (rows < M)[:, None] & (columns < K)[None, :]
     at = rows[:, None].to(tl.int64) * out_m + columns[None, :].to(tl.int64) * out_k
     tl.store(out_ptr + at, to_type(x_hat, out_ptr.dtype.element_ty), mask=mask)
 
@@ -63,7 +73,7 @@ def _packed_kernel(
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    x, rows, _columns, _mask, across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
+    x, rows, _columns, across = _load_blocks(x_ptr, M, K, stride_m, stride_k, R, BK)
     first, byte, second, byte2, factor = two_passes(x, CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
     NB = tl.cdiv(K, 32)
     _store_pass(first, byte, codes_ptr, scales_ptr, rows, across, M, NB, R, BK)
