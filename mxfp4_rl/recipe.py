@@ -33,7 +33,8 @@ HADAMARD_SIZES = (None, 32, 64, 128, 256)
 ROUNDINGS = ("nearest", "stochastic")
 _OF_ONE_FORMAT = ("scale_rule", "block_size", "search_window")  # these start anew in another format
 BACKWARD_OPERANDS = ("ste", "bf16", "mx")
-PRODUCTS = ("bf16", "fp8")
+PRODUCTS = ("bf16", "fp8", "fp8_fast")
+_PRODUCT_NAMES = {"bf16": "BF16", "fp8": "FP8", "fp8_fast": "FP8 with fast accumulation"}
 
 
 class RecipeError(ValueError):
@@ -278,7 +279,8 @@ class ModelRecipe:
         product: what multiplies. "bf16": the dequantised operands, in the compute dtype. "fp8": FP8 tensor cores on the same
             operands, bit for bit (with macro blocks, before they are rounded to the compute dtype), in the forward product and
             in "mx" backward products; needs a fixed scale rule, static macro blocks or none, no fallback, and a GPU of compute
-            capability 8.9 or later.
+            capability 8.9 or later. "fp8_fast": the same without macro blocks, sums left to the tensor core's accumulator
+            (about 14 bits), as FP8 training libraries do in the forward product.
         overrides: pattern -> QuantRecipe keys to change, for every quantised operand of the layers it matches; where several
             match, the later one wins key by key. A plain string matches a whole dotted name or its last parts, "re:..." is a
             regular expression searched in the dotted name.
@@ -342,11 +344,16 @@ class ModelRecipe:
         own = getattr(self, operand)
         return own and _in_step_with(own, self.grad)
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products run on FP8 tensor cores, where there are any."""
+        return self.product != "bf16"
+
     def describe(self) -> str:
         """One line for logs: what each operand gets."""
         named = {"W": self.weight, "A": self.activation, "G": self.grad}
         parts = [f"{k}: {r.describe()}" for k, r in named.items() if r is not None]
-        return "; ".join(parts) + f"; dgrad {self.dgrad}, wgrad {self.wgrad}; products in {self.product.upper()}"
+        return "; ".join(parts) + f"; dgrad {self.dgrad}, wgrad {self.wgrad}; products in {_PRODUCT_NAMES[self.product]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict that `from_dict` turns back into an equal recipe; what checkpoints store."""

@@ -33,10 +33,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)
 
-from mxfp4_kernels.container.blocks import containers
-from mxfp4_kernels.container.triton import container
+from mxfp4_kernels.container.triton import containers
 from mxfp4_kernels.error_stats.triton import partial_sums
-from mxfp4_kernels.matmul import blocks, fp8, grouped, native, w8a8
+from mxfp4_kernels.matmul import fp8, grouped, native, w8a8
 from mxfp4_kernels.matmul.decode import decode_product
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
 from mxfp4_kernels.quantize.dequantize import dequantize
@@ -164,42 +163,47 @@ CASES = [
     Case("operand, both corrections", lambda: operand(meta(512, 4096), BOTH, 1, torch.bfloat16)),
     Case("codes", lambda: packed(meta(512, 4096), PLAIN, 1), (80, 90)),
     Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0), spilling={"_packed_kernel": 24}),
-    Case("container", lambda: container(meta(512, 4096), PLAIN), expect={"_rows_kernel": TO_FP8}),
-    Case("container, long rows", lambda: container(meta(512, 11008), PLAIN), expect={"_rows_kernel": TO_FP8}),
     Case(
-        "container, columns, both corrections",
-        lambda: container(meta(512, 4096).t(), BOTH),
-        expect={"_payloads_kernel": TO_FP8},
-        spilling={"_spans_kernel": 370, "_payloads_kernel": 638},
+        "containers of whole rows", lambda: containers(meta(512, 4096), PLAIN, whole_rows=True), expect={"_rows_kernel": TO_FP8}
     ),
     Case(
-        "product of containers",
-        lambda: fp8.product(*(fp8.operands(meta(rows, 4096), PLAIN)[0] for rows in (512, 1024))),
+        "containers of whole rows, long, and operand",
+        lambda: containers(meta(512, 14336), PLAIN, None, torch.bfloat16, whole_rows=True),
         expect={"_rows_kernel": TO_FP8},
     ),
     Case(
-        "container of blocks, rows and columns",
+        "containers of whole rows and columns",
+        lambda: containers(meta(512, 4096), PLAIN, PLAIN, whole_rows=True),
+        expect={"_tile_kernel": TO_FP8},
+    ),
+    Case(
+        "product of whole rows",
+        lambda: fp8.product(*(fp8.operands(meta(n, 4096), PLAIN, whole_rows=True)[0] for n in (512, 1024)), backend="triton"),
+        expect={"_product_kernel": WGMMA_FP8},
+    ),
+    Case(
+        "containers of groups, rows and columns",
         lambda: containers(meta(512, 4096), rows=PLAIN, columns=PLAIN),
         expect={"_tile_kernel": TO_FP8},
     ),
     Case(
-        "container of blocks, macro blocks",
+        "containers of groups, macro blocks",
         lambda: containers(meta(512, 4096), rows=MBS, columns=MBS, operand_dtype=torch.bfloat16),
         expect={"_tile_kernel": TO_FP8},
     ),
     Case(
-        "container of blocks, macro blocks of 32",
+        "containers of groups, macro blocks of 32",
         lambda: containers(meta(512, 4096), rows=MBS32, operand_dtype=torch.bfloat16),
         expect={"_tile_kernel": TO_FP8},
     ),
     Case(
-        "product of containers of blocks",
-        lambda: blocks.product(*(blocks.operands(meta(n, 4096), rows=MBS)[0] for n in (512, 1024)), backend="triton"),
+        "product of groups",
+        lambda: fp8.product(*(fp8.operands(meta(n, 4096), rows=MBS)[0] for n in (512, 1024)), backend="triton"),
         expect={"_product_kernel": WGMMA_FP8},
     ),
     Case(
-        "containers of blocks and their product, macro blocks of 256",
-        lambda: blocks.product(*blocks.operands(meta(4096, 4096), MBS256, MBS256, torch.bfloat16)[:2], backend="triton"),
+        "containers of groups and their product, macro blocks of 256",
+        lambda: fp8.product(*fp8.operands(meta(4096, 4096), MBS256, MBS256, torch.bfloat16)[:2], backend="triton"),
         expect={"_tile_kernel": TO_FP8, "_product_kernel": WGMMA_FP8},
         spilling={"_tile_kernel": 816, "_repair_kernel": 314},
     ),
@@ -258,7 +262,9 @@ CASES = [
     Case(
         "grouped product of containers",
         lambda: grouped.grouped_product(
-            fp8.Operand(meta(2048, 4096), PLAIN), Experts(meta(8, 1024, 4096), PLAIN), meta(9, dtype=torch.int32)
+            fp8.operands(meta(2048, 4096), PLAIN, whole_rows=True)[0],
+            Experts(meta(8, 1024, 4096), PLAIN),
+            meta(9, dtype=torch.int32),
         ),
         expect={"_product_kernel": WGMMA_FP8},
         spilling={"_product_kernel": 72},

@@ -36,7 +36,7 @@ def test_codes_scales_and_operands_are_the_cpus_bit_for_bit(recipe, dtype):
 def test_error_statistics_agree(recipe):
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     here, there = error_stats(x, recipe).metrics(), error_stats(x.cuda(), recipe).metrics()
-    assert there == pytest.approx(here, rel=1e-5)
+    assert there == pytest.approx(here, rel=1e-5, abs=2e-7)  # float32 sums of terms of size 1, in another order
 
 
 def train(model):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from mxfp4_kernels.matmul import blocks, fp8, w8a8
+from mxfp4_kernels.matmul import fp8, w8a8
 from report import Row, measured
 from timing import copies, device, launched_ms, median_ms, random
 
@@ -19,17 +19,21 @@ PLAIN, MBS, OF = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mx
 SMALL_MBS = QuantRecipe.parse("mxfp4+mbs32")
 
 
-def _of_rows(make: Callable, recipe: QuantRecipe) -> Callable:
-    return lambda x: make(x, rows=recipe)[0]
+def _whole_rows(x, recipe: QuantRecipe = PLAIN):
+    return fp8.operands(x, rows=recipe, whole_rows=True)[0]
+
+
+def _groups(recipe: QuantRecipe) -> Callable:
+    return lambda x: fp8.operands(x, rows=recipe)[0]
 
 
 def _fast(a, b):
-    """The row-wise product with the tensor core's own accumulation, as FP8 libraries use it by default."""
-    return fp8.row_wise(a.container, b.container, torch.bfloat16, fast=True)
+    """The tensor core's own accumulation, as FP8 libraries use it by default."""
+    return fp8.product(a, b, fast=True)
 
 
 def _triton(a, b):
-    return blocks.product(a, b, backend="triton")
+    return fp8.product(a, b, backend="triton")
 
 
 def _bf16(x, w):
@@ -38,13 +42,13 @@ def _bf16(x, w):
 
 # name -> how x and w become operands, and how those are multiplied
 PRODUCTS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "W4A4": (_of_rows(fp8.operands, PLAIN), _of_rows(fp8.operands, PLAIN), fp8.product),
-    "W4A4, fast": (_of_rows(fp8.operands, PLAIN), _of_rows(fp8.operands, PLAIN), _fast),
-    "W4A4, 1x128": (_of_rows(blocks.operands, PLAIN), _of_rows(blocks.operands, PLAIN), blocks.product),
-    "W4A4 MBS on weights": (_of_rows(blocks.operands, PLAIN), _of_rows(blocks.operands, MBS), blocks.product),
-    "W4A4 MBS on both": (_of_rows(blocks.operands, MBS), _of_rows(blocks.operands, MBS), blocks.product),
-    "W4A4 MBS on both, Triton": (_of_rows(blocks.operands, MBS), _of_rows(blocks.operands, MBS), _triton),
-    "W4A4 MBS 32 on both": (_of_rows(blocks.operands, SMALL_MBS), _of_rows(blocks.operands, SMALL_MBS), blocks.product),
+    "W4A4": (_whole_rows, _whole_rows, fp8.product),
+    "W4A4, fast": (_whole_rows, _whole_rows, _fast),
+    "W4A4, 1x128": (_groups(PLAIN), _groups(PLAIN), fp8.product),
+    "W4A4 MBS on weights": (_groups(PLAIN), _groups(MBS), fp8.product),
+    "W4A4 MBS on both": (_groups(MBS), _groups(MBS), fp8.product),
+    "W4A4 MBS on both, Triton": (_groups(MBS), _groups(MBS), _triton),
+    "W4A4 MBS 32 on both": (_groups(SMALL_MBS), _groups(SMALL_MBS), fp8.product),
     "W4A4 OF on weights, BF16": (lambda x: fake_quantize(x, PLAIN), lambda w: fake_quantize(w, OF), _bf16),
     "W4A4 OF on both, BF16": (lambda x: fake_quantize(x, OF), lambda w: fake_quantize(w, OF), _bf16),
     "W8A8": (w8a8.Operand, w8a8.Operand, w8a8.product),
@@ -69,7 +73,7 @@ def sweep(shape: tuple[str, tuple[int, int]], counts: tuple[int, ...]) -> Iterat
     name, (out, features) = shape
     for tokens in counts:
         case = f"{tokens} token{'s' * (tokens != 1)}"
-        for row in _products(case, out, features, tokens, ("W4A4", "W4A4, 1x128", "W4A4 MBS on both", "W8A8")):
+        for row in _products(case, out, features, tokens, ("W4A4", "W4A4, fast", "W4A4 MBS on both", "W8A8")):
             row.section = row.section.replace("Forward", f"{name} over the number of tokens: forward")
             yield row
 
@@ -105,7 +109,9 @@ def _forward_ms(variant, pairs) -> float:
 
 RECIPES = {
     "mx": ModelRecipe(grad=PLAIN, dgrad="mx", wgrad="mx", product="fp8"),
+    "mx, fast": ModelRecipe(grad=PLAIN, dgrad="mx", wgrad="mx", product="fp8_fast"),
     "ste": ModelRecipe(product="fp8"),
+    "ste, fast": ModelRecipe(product="fp8_fast"),
     "mx, MBS": ModelRecipe(weight=MBS, activation=MBS, grad=MBS, dgrad="mx", wgrad="mx", product="fp8"),
     "ste, MBS": ModelRecipe(weight=MBS, activation=MBS, product="fp8"),
     "ste, MBS + OF": ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs+of"), activation=QuantRecipe.parse("mxfp4+mbs+of")),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from mxfp4_kernels.matmul.fp8 import Operand
+from mxfp4_kernels.matmul import fp8
 from mxfp4_kernels.matmul.grouped import grouped_product, grouped_wgrad
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens, align_to_blocks
 from report import Row, measured
@@ -34,12 +34,17 @@ def _grouped_mm(x, w, offsets):
     return torch._grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
 
 
+def _operand(x):
+    """Tokens quantised along their features."""
+    return fp8.operands(x, rows=RECIPE, whole_rows=True)[0]
+
+
 def _scaled_grouped_mm(a, b, offsets):
-    experts = b.source.shape[0]
+    (tokens, features), experts = a.source.shape, b.source.shape[0]
     return torch._scaled_grouped_mm(
-        a.container.payload,
-        b.container.payload.view(experts, -1, b.source.shape[2]).transpose(1, 2),
-        a.container.scale,
+        a.container.payload[:tokens],
+        b.container.payload.view(experts, -1, features).transpose(1, 2),
+        a.container.scale[0, :tokens],
         b.container.scale.view(experts, -1),
         offs=offsets[1:],
         out_dtype=torch.bfloat16,
@@ -63,7 +68,7 @@ def _forward(case: str, experts: int, out: int, features: int, tokens: int) -> I
     pairs = list(zip(random(tokens, features, copies=each), random(experts, out, features, copies=each)))
 
     def quantised():
-        return [(Operand(x, RECIPE), Experts(w, RECIPE)) for x, w in pairs]
+        return [(_operand(x), Experts(w, RECIPE)) for x, w in pairs]
 
     variants = {
         "BF16": (lambda x, w: _grouped_mm(x, w, offsets), lambda: pairs, 2),
@@ -73,7 +78,7 @@ def _forward(case: str, experts: int, out: int, features: int, tokens: int) -> I
         "W4A4, fast": (lambda a, b: grouped_product(a, b, offsets, exact=False), quantised, 1),
         "W4A4, torch._scaled_grouped_mm": (lambda a, b: _scaled_grouped_mm(a, b, offsets), quantised, 1),
         "W4A4 with quantisation": (
-            lambda x, b: grouped_product(Operand(x, RECIPE), b, offsets),
+            lambda x, b: grouped_product(_operand(x), b, offsets),
             lambda: [(x, Experts(w, RECIPE)) for x, w in pairs],
             None,
         ),

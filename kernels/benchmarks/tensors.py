@@ -1,7 +1,7 @@
 """Quantising, dequantising and measuring a tensor: bandwidth beside a device copy of it.
 
-Counted is what an ideal kernel moves: the input read once, the outputs written once (containers with a scale a row, along the
-columns: the input read twice, since a column's scale is known only at its end).
+Counted is what an ideal kernel moves: the input read once, the outputs written once. Containers of whole columns read it twice,
+since a column's scale is known only at its end.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from mxfp4_kernels.container import triton as row_container
-from mxfp4_kernels.container.blocks import containers, group_of
+from mxfp4_kernels.container.reference import fits_rows, group_of
+from mxfp4_kernels.container.triton import containers
 from report import Row, measured
 from timing import copies, median_ms, random
 
@@ -38,9 +38,10 @@ def _kernels(recipe: QuantRecipe):
         yield "of columns", lambda x: containers(x, columns=recipe), 3 + scales
         yield "of rows and columns", lambda x: containers(x, rows=recipe, columns=recipe), 4 + 2 * scales
         yield "of rows, and operand", lambda x: containers(x, rows=recipe, operand_dtype=x.dtype), 5 + scales
-    if not (recipe.fallback_alpha or recipe.macro_block):
-        yield "one scale a row, rows", lambda x: row_container.container(x, recipe), 3
-        yield "one scale a column", lambda x: row_container.container(x.t(), recipe), 5
+    if fits_rows(recipe):
+        yield "containers of whole rows", lambda x: containers(x, rows=recipe, whole_rows=True), 3
+        yield "of whole rows, and operand", lambda x: containers(x, recipe, None, x.dtype, whole_rows=True), 5
+        yield "of whole rows and columns", lambda x: containers(x, rows=recipe, columns=recipe, whole_rows=True), 6
     yield "error statistics", lambda x: error_stats(x, recipe), 2
 
 

@@ -10,7 +10,8 @@ from mxfp4_rl.nn.convert import (
     release_operands,
     unconvert,
 )
-from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
+from mxfp4_rl.nn.linear import MXFP4Linear
+from mxfp4_rl.nn.packed import PackedLinear
 
 __all__ = [
     "ConversionReport",

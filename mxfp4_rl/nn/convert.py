@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from mxfp4_rl.nn import fp8
-from mxfp4_rl.nn.linear import MXFP4Linear, PackedLinear
+from mxfp4_rl.nn.linear import MXFP4Linear
+from mxfp4_rl.nn.packed import PackedLinear
 from mxfp4_rl.quant import backend_for
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
@@ -62,7 +63,7 @@ class ConversionReport:
         of_layer = {}
         for name, recipe in self.converted.items():
             of_layer[name] = dtype.itemsize
-            if recipe.product == "fp8" and eight_bit:  # the weight's copy, its containers, and "ste"'s operand
+            if recipe.in_fp8 and eight_bit:  # the weight's copy, its containers, and "ste"'s operand
                 of_layer[name] += 1 + (recipe.dgrad == "mx") + dtype.itemsize * (recipe.dgrad == "ste")
         return sum(self.sizes[name] * each for name, each in of_layer.items())
 
@@ -118,7 +119,7 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
                 report.by_pattern[pattern] += 1
         else:
             own = recipe.for_layer(overriding)
-            if own.product == "fp8":
+            if own.in_fp8:
                 fp8.check(own, name)
             report.converted[name] = own
             report.sizes[name] = module.weight.numel()

@@ -108,23 +108,23 @@ class MXFP4Linear(nn.Linear):
         x = x.to(dtype)
         if self.stats is not None:
             self.stats.measure("activation", x, self.recipe.activation)
-        if self.recipe.product == "fp8" and fp8.runs_on(x.device, dtype):
+        if self.recipe.in_fp8 and fp8.runs_on(x.device, dtype):
             return self._fp8_forward(x)
         w_hat = self.weight_operand(dtype)
-        x_hat = _quantized_input(x, self.recipe.activation)
+        x_hat = quantized_input(x, self.recipe.activation)
         y = QuantizedMatmul.apply(x, self.weight, x_hat, w_hat, self.recipe, self.stats)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _fp8_forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        plan = fp8.plan_for(self.recipe, *tokens.shape, self.out_features)
+        plan = fp8.plan_for(self.recipe)
         needed = dict(plan.of_input)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             needed["columns"] = None
         elif self.recipe.wgrad == "ste":
             needed["operand_dtype"] = x.dtype
         of_input = _shared_input(
-            x, (plan.kernels.__name__, *needed.values()), lambda own: plan.kernels.operands(own.reshape(tokens.shape), **needed)
+            x, (plan.whole_rows, *needed.values()), lambda own: plan.operands(own.reshape(tokens.shape), **needed)
         )
         of_weight = self.weight_operands(plan, x.dtype)
         y = fp8.FP8Matmul.apply(tokens, self.weight, self.bias, self.recipe, plan, of_input, of_weight, self.stats)
@@ -149,11 +149,9 @@ class MXFP4Linear(nn.Linear):
         def make(w):
             self._held.pop("operand", None)  # that a weight sync left: nothing reads it any more
             # Of a copy: what FSDP gathered for this forward is freed after it.
-            return plan.kernels.operands(
-                w.clone(), **plan.of_weight, operand_dtype=dtype if self.recipe.dgrad == "ste" else None
-            )
+            return plan.operands(w.clone(), **plan.of_weight, operand_dtype=dtype if self.recipe.dgrad == "ste" else None)
 
-        return self._kept(("operands", plan.kernels.__name__), dtype, make)
+        return self._kept("operands", dtype, make)
 
     def _kept(self, kind, dtype: torch.dtype, make):
         """`make(weight in dtype)`, made once for a state of the weight; in a CUDA graph each time it is replayed."""
@@ -189,32 +187,6 @@ class MXFP4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe.describe()}"
-
-
-class PackedLinear(MXFP4Linear):
-    """The rollout's side of an MXFP4Linear: no parameter, only the operand of the codes last shipped. Forward only.
-
-    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit (those of BF16 products).
-    """
-
-    @classmethod
-    def swap(cls, linear: nn.Linear, name: str, recipe: ModelRecipe) -> None:
-        """Turn `linear` into a PackedLinear in place; its weight is dropped."""
-        super().swap(linear, name, recipe)
-        linear.weight = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_hat = _quantized_input(x, self.recipe.activation)
-        y = nn.functional.linear(x_hat, self.weight_operand(x.dtype))
-        return y if self.bias is None else y + self.bias
-
-    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
-        if self._held_key != dtype:
-            raise RuntimeError(f"{self.layer_name} has no weights in {dtype}: load them with hold() first")
-        return self._held["operand"]
-
-    def _key(self, dtype):
-        return dtype
 
 
 class LayerStats:
@@ -279,5 +251,5 @@ class _LastInput:
 _shared_input = _LastInput()
 
 
-def _quantized_input(x: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
+def quantized_input(x: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
     return x if recipe is None else _shared_input(x, recipe, lambda own: fake_quantize(own, recipe))

@@ -1,9 +1,10 @@
-"""Quantise a matrix into FP8 containers in one kernel: `reference.py`, to the bit.
+"""A matrix as FP8 containers: of its rows, of its columns, and as the operand, to the bit of `reference.py`.
 
-Payloads are relative to their row's largest scale. A program quantises whole rows: it first reads a row for that scale, then
-again (from the cache) for the payloads; rows that fit the registers are read once. Columns, which the backward products need,
-are too long for a program: one kernel finds their scales, a second writes the payloads, transposed. Scale rules, static macro
-blocks and both passes of the outlier fallback are fused.
+A training step needs a matrix along both axes (FP8 tensor cores want operands contiguous along the contraction, so the
+container of the columns is transposed). A group of 128 elements lies within a tile of 128 x 128: one read of it gives
+everything. Whole rows share the scale of their largest element: a row up to 16384 elements stays in registers between finding
+that and writing the payload; where columns are wanted too, one kernel finds the largest magnitudes of both, and then tiles
+are independent again.
 """
 
 from __future__ import annotations
@@ -12,198 +13,264 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.container.reference import Container
-from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, supports, two_passes
+from mxfp4_kernels.container.reference import (
+    GROUP,
+    HEADROOM,
+    LEAST_TOP,
+    MULTIPLE,
+    WINDOW,
+    Container,
+    fits,
+    fits_rows,
+    group_of,
+    macro_size,
+    padded,
+)
+from mxfp4_kernels.device import (
+    BLOCK,
+    INTERPRETED,
+    constants,
+    exp2_byte,
+    inverse_scale,
+    largest_magnitude,
+    launches,
+    load_columns,
+    load_tile,
+    over_factor,
+    scale_byte,
+    to_type,
+    two_passes,
+    unsupported,
+)
 from mxfp4_rl.recipe import QuantRecipe
 
-_ONE_READ = 8192  # longest row that is kept in registers between the two passes
+_LARGE_MACRO = 256
+_IN_REGISTERS = 16384  # longest row between the largest magnitude and the payloads
+_WINDOW, _HEADROOM, _LEAST_TOP = tl.constexpr(WINDOW), tl.constexpr(HEADROOM), tl.constexpr(LEAST_TOP)
 
 
 @triton.jit
-def _used(values, byte):
-    """Blocks that hold a number other than zero, and no NaN."""
-    return (tl.max(tl.abs(values), axis=2) > 0) & (byte != 255)
+def _largest_finite(x):
+    """x (R, blocks, 32) -> the largest magnitude of a row's blocks without NaN and Inf, as bits (R,)."""
+    amax = largest_magnitude(x, 2)
+    return tl.max(tl.where(amax < float("inf"), amax, 0.0), axis=1).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _payload(values, byte, top, wide):
-    """E4M3 bits of values in units of the row's scale; zeros in rows that do not fit, NaN in broken blocks."""
-    shift = exp2_byte(tl.minimum(tl.maximum(byte - top[:, None] + 6 + 127, 1), 254))
-    payload = (values * shift[:, :, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    payload = tl.where((byte == 255)[:, :, None], 0x7F, payload)
-    return tl.where(wide[:, None, None], 0, payload).to(tl.uint8)
+def _contain(
+    x, largest, CARRY: tl.constexpr, SHIFT: tl.constexpr, MACRO: tl.constexpr, LARGEST: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """E4M3 payloads (R, blocks, 32), scales and wide flags (R, groups), x_hat before the factor, factors.
+
+    x (R, blocks, 32) is in groups of BLOCKS; 0 if rows share a scale, whose largest magnitudes are `largest` (R,) then.
+    """
+    R: tl.constexpr = x.shape[0]
+    NB: tl.constexpr = x.shape[1]
+    first, byte, _v, _b, factor = two_passes(x, CARRY, SHIFT, MACRO, LARGEST, False)
+    # A block is in use if its largest element does not round to zero.
+    used = largest_magnitude(x, 2) * (inverse_scale(byte) * factor) > 0.25
+    if BLOCKS > 0:
+        groups: tl.constexpr = (R, NB // BLOCKS, BLOCKS)
+        top = tl.maximum(tl.max(tl.reshape(tl.where(used, byte, 0), groups), axis=2), _LEAST_TOP)
+        spread = tl.reshape(tl.broadcast_to(top[:, :, None], groups), (R, NB))
+    else:
+        top = tl.maximum(scale_byte(largest.to(tl.float32, bitcast=True), CARRY, SHIFT)[:, None], _LEAST_TOP)
+        spread = tl.broadcast_to(top, (R, NB))
+    left_out = used & (byte < spread - _WINDOW)
+    shift = tl.where(left_out, 0.0, exp2_byte(tl.where(used, byte - spread + _HEADROOM + 127, 127)))
+    payload = (first * shift[:, :, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if INTERPRETED:  # whose cast loses NaN
+        payload = tl.where((byte == 255)[:, :, None], 0x7F, payload).to(tl.uint8)
+    scale = exp2_byte(top - _HEADROOM)
+    if BLOCKS > 0:
+        wide = tl.max(tl.reshape(left_out.to(tl.int32), groups), axis=2) > 0
+        if MACRO > 0:
+            scale = tl.div_rn(scale, tl.max(tl.reshape(factor, groups), axis=2))
+    else:
+        wide = tl.max(left_out.to(tl.int32), axis=1)[:, None] > 0
+    return payload, scale, wide, first * exp2_byte(byte)[:, :, None], factor
 
 
 @triton.jit
-def _span(values, byte):
-    """Largest byte (7 at least) and smallest byte (255 if there is none) of the blocks in use, for every row."""
-    used = _used(values, byte)
-    return tl.maximum(tl.max(tl.where(used, byte, 0), axis=1), 7), tl.min(tl.where(used, byte, 255), axis=1)
+def _store(
+    payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, row0, k0, ROWS, LONG,
+    R: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Groups of G elements; 0 if rows share a scale, which then the first program of a row stores."""
+    rows, columns = row0 + tl.arange(0, R), k0 + tl.arange(0, BK)
+    at = rows[:, None].to(tl.int64) * LONG + columns[None, :]
+    tl.store(payload_ptr + at, tl.reshape(payload, (R, BK)), mask=(rows < ROWS)[:, None] & (columns < LONG)[None, :])
+    if G > 0:
+        groups = k0 // G + tl.arange(0, BK // G)
+        mask = (rows < ROWS)[:, None] & (groups * G < LONG)[None, :]
+        tl.store(scale_ptr + groups[None, :].to(tl.int64) * ROWS + rows[:, None], scale, mask=mask)
+    else:
+        groups = tl.zeros((1,), tl.int32)
+        mask = (rows < ROWS)[:, None] & (groups == 0)[None, :]
+        tl.store(scale_ptr + rows[:, None] + groups[None, :], scale, mask=mask & (groups + k0 == 0)[None, :])
+    tl.store(wide_ptr + rows[:, None] + 0 * groups[None, :], wide.to(tl.uint8), mask=mask & wide)
+    tl.store(wide_ptr + ROWS + 0 * rows[:, None] + 0 * groups[None, :], wide.to(tl.uint8), mask=mask & wide)  # any_wide
 
 
 @triton.jit
-def _widen(top, low, values, byte):
-    """A span that also holds these blocks."""
-    high, least = _span(values, byte)
-    return tl.maximum(top, high), tl.minimum(low, least)
-
-
-@triton.jit
-def _store_factor(factor_ptr, factor, rows, k0, M, K, GROUP: tl.constexpr):
-    R: tl.constexpr = factor.shape[0]
-    G: tl.constexpr = factor.shape[1] // GROUP
-    macros = k0 // (32 * GROUP) + tl.arange(0, G)
-    per_macro = tl.max(tl.reshape(factor, (R, G, GROUP)), axis=2)
-    mask = (rows < M)[:, None] & (macros * (32 * GROUP) < K)[None, :]
-    tl.store(factor_ptr + macros[None, :].to(tl.int64) * M + rows[:, None], per_macro, mask=mask)
+def _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, MACRO: tl.constexpr):
+    if MACRO > 0:
+        x_hat = over_factor(x_hat, factor)
+    at = operand_ptr + rows[:, None].to(tl.int64) * K + columns[None, :]
+    value = to_type(tl.reshape(x_hat, (rows.shape[0], columns.shape[0])), operand_ptr.dtype.element_ty)
+    tl.store(at, value, mask=(rows < M)[:, None] & (columns < K)[None, :])
 
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, payload_ptr, scale_ptr, wide_ptr, factor_ptr, payload2_ptr, scale2_ptr, wide2_ptr,
-    M, K, stride_m, stride_k,
-    CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, ONE_READ: tl.constexpr,
+    x_ptr, payload_ptr, scale_ptr, wide_ptr, operand_ptr, M, K, ROWS, LONG, stride_m, stride_k,
+    CARRY: tl.constexpr, SHIFT: tl.constexpr, OPERAND: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    NB: tl.constexpr = BK // 32
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    x_rows = x_ptr + rows[:, None].to(tl.int64) * stride_m
-    out = rows[:, None].to(tl.int64) * K
-    columns = tl.arange(0, BK)
-    mask = (rows < M)[:, None] & (columns < K)[None, :]
-    x = tl.load(x_rows + columns[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
-    first, byte, second, byte2, factor = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-    top, low = _span(first, byte)
-    top2, low2 = _span(second, byte2)
-    if GROUP > 0:
-        _store_factor(factor_ptr, factor, rows, 0, M, K, GROUP)
-    if not ONE_READ:
-        for k0 in range(BK, K, BK):
-            mask_k = (rows < M)[:, None] & (k0 + columns < K)[None, :]
-            x = tl.load(x_rows + (k0 + columns)[None, :] * stride_k, mask=mask_k, other=0.0).to(tl.float32)
-            v, b, v2, b2, f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-            top, low = _widen(top, low, v, b)
-            if FALLBACK:
-                top2, low2 = _widen(top2, low2, v2, b2)
-            if GROUP > 0:
-                _store_factor(factor_ptr, f, rows, k0, M, K, GROUP)
-    wide, wide2 = low < top - 14, low2 < top2 - 14
-    tl.store(scale_ptr + rows, exp2_byte(top - 6), mask=rows < M)
-    tl.store(wide_ptr + rows, wide, mask=rows < M)
-    tl.store(payload_ptr + out + columns[None, :], tl.reshape(_payload(first, byte, top, wide), (R, BK)), mask=mask)
-    if FALLBACK:
-        tl.store(scale2_ptr + rows, exp2_byte(top2 - 6), mask=rows < M)
-        tl.store(wide2_ptr + rows, wide2, mask=rows < M)
-        tl.store(payload2_ptr + out + columns[None, :], tl.reshape(_payload(second, byte2, top2, wide2), (R, BK)), mask=mask)
-    if not ONE_READ:
-        for k0 in range(BK, K, BK):
-            mask_k = (rows < M)[:, None] & (k0 + columns < K)[None, :]
-            x = tl.load(x_rows + (k0 + columns)[None, :] * stride_k, mask=mask_k, other=0.0).to(tl.float32)
-            v, b, v2, b2, f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-            where = out + (k0 + columns)[None, :]
-            tl.store(payload_ptr + where, tl.reshape(_payload(v, b, top, wide), (R, BK)), mask=mask_k)
-            if FALLBACK:
-                tl.store(payload2_ptr + where, tl.reshape(_payload(v2, b2, top2, wide2), (R, BK)), mask=mask_k)
+    """Whole rows that share a scale, and their operand."""
+    row0 = tl.program_id(0) * R
+    rows, columns = row0 + tl.arange(0, R), tl.arange(0, BK)
+    blocks = tl.reshape(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), (R, BK // 32, 32))
+    payload, scale, wide, x_hat, factor = _contain(blocks, _largest_finite(blocks), CARRY, SHIFT, 0, 1.0, 0)
+    _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, row0, 0, ROWS, LONG, R, BK, 0)
+    if OPERAND:
+        _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, 0)
 
 
 @triton.jit
-def _spans_kernel(
-    x_ptr, span_ptr, factor_ptr, M, K, stride_m, stride_k,
-    CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+def _largest_kernel(
+    x_ptr, largest_ptr, largest_t_ptr, M, K, stride_m, stride_k,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    NB: tl.constexpr = BK // 32
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    x_rows = x_ptr + rows[:, None].to(tl.int64) * stride_m
-    top = tl.full((R,), 7, tl.int32)
-    low = tl.full((R,), 255, tl.int32)
-    top2 = tl.full((R,), 7, tl.int32)
-    low2 = tl.full((R,), 255, tl.int32)
-    for step in range(STEPS):
-        k0 = (tl.program_id(1) * STEPS + step) * BK
-        columns = k0 + tl.arange(0, BK)
-        mask = (rows < M)[:, None] & (columns < K)[None, :]
-        x = tl.load(x_rows + columns[None, :].to(tl.int64) * stride_k, mask=mask, other=0.0).to(tl.float32)
-        v, b, v2, b2, f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-        top, low = _widen(top, low, v, b)
-        if FALLBACK:
-            top2, low2 = _widen(top2, low2, v2, b2)
-        if GROUP > 0:
-            _store_factor(factor_ptr, f, rows, k0, M, K, GROUP)
-    tl.atomic_max(span_ptr + rows, top, mask=rows < M)
-    tl.atomic_min(span_ptr + M + rows, low, mask=rows < M)
-    if FALLBACK:
-        tl.atomic_max(span_ptr + 2 * M + rows, top2, mask=rows < M)
-        tl.atomic_min(span_ptr + 3 * M + rows, low2, mask=rows < M)
+    """The largest finite magnitudes of the rows and of the columns, as bits, joined to those of other tiles."""
+    m0, k0 = tl.program_id(0) * BM, tl.program_id(1) * BK
+    rows, columns = m0 + tl.arange(0, BM), k0 + tl.arange(0, BK)
+    if COLUMNS:
+        largest = _largest_finite(load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM, BK))
+        tl.atomic_max(largest_t_ptr + columns, largest, mask=columns < K, sem="relaxed")
+    if ROWS:
+        x = load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
+        tl.atomic_max(
+            largest_ptr + rows, _largest_finite(tl.reshape(x, (BM, BK // 32, 32))), mask=rows < M, sem="relaxed"
+        )  # fmt: skip
 
 
 @triton.jit
-def _payloads_kernel(
-    x_ptr, span_ptr, payload_ptr, scale_ptr, wide_ptr, payload2_ptr, scale2_ptr, wide2_ptr, M, K, stride_m, stride_k,
-    CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr,
+def _tile_kernel(
+    x_ptr, payload_ptr, scale_ptr, wide_ptr, largest_ptr, payload_t_ptr, scale_t_ptr, wide_t_ptr, largest_t_ptr, operand_ptr,
+    M, K, M_ROWS, K_ROWS, M_LONG, K_LONG, stride_m, stride_k,
+    CARRY: tl.constexpr, SHIFT: tl.constexpr, MACRO: tl.constexpr, GROUP: tl.constexpr,
+    CARRY_T: tl.constexpr, SHIFT_T: tl.constexpr, MACRO_T: tl.constexpr, GROUP_T: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, LARGEST: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    NB: tl.constexpr = BK // 32
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    columns = tl.program_id(1) * BK + tl.arange(0, BK)
-    mask = (rows < M)[:, None] & (columns < K)[None, :]
-    at = rows[:, None].to(tl.int64) * stride_m + columns[None, :].to(tl.int64) * stride_k
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    v, b, v2, b2, _f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, GROUP, LARGEST, FALLBACK)
-    out = rows[:, None].to(tl.int64) * K + columns[None, :]
-    top = tl.load(span_ptr + rows, mask=rows < M, other=7)
-    wide = tl.load(span_ptr + M + rows, mask=rows < M, other=255) < top - 14
-    tl.store(payload_ptr + out, tl.reshape(_payload(v, b, top, wide), (R, BK)), mask=mask)
-    if tl.program_id(1) == 0:
-        tl.store(scale_ptr + rows, exp2_byte(top - 6), mask=rows < M)
-        tl.store(wide_ptr + rows, wide, mask=rows < M)
-    if FALLBACK:
-        top2 = tl.load(span_ptr + 2 * M + rows, mask=rows < M, other=7)
-        wide2 = tl.load(span_ptr + 3 * M + rows, mask=rows < M, other=255) < top2 - 14
-        tl.store(payload2_ptr + out, tl.reshape(_payload(v2, b2, top2, wide2), (R, BK)), mask=mask)
-        if tl.program_id(1) == 0:
-            tl.store(scale2_ptr + rows, exp2_byte(top2 - 6), mask=rows < M)
-            tl.store(wide2_ptr + rows, wide2, mask=rows < M)
+    """A tile (BM, BK) of x: its part of the rows' container, of the columns' container, and of the rows' operand."""
+    m0, k0 = tl.program_id(0) * BM, tl.program_id(1) * BK
+    rows, columns = m0 + tl.arange(0, BM), k0 + tl.arange(0, BK)
+    if COLUMNS:
+        blocks = load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM, BK)
+        largest = tl.load(largest_t_ptr + columns, mask=columns < K, other=0) if GROUP_T == 0 else columns
+        payload, scale, wide, _x, _f = _contain(blocks, largest, CARRY_T, SHIFT_T, MACRO_T, LARGEST, GROUP_T // 32)
+        _store(payload, scale, wide, payload_t_ptr, scale_t_ptr, wide_t_ptr, k0, m0, K_ROWS, M_LONG, BK, BM, GROUP_T)
+    if ROWS:
+        blocks = tl.reshape(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), (BM, BK // 32, 32))
+        largest = tl.load(largest_ptr + rows, mask=rows < M, other=0) if GROUP == 0 else rows
+        payload, scale, wide, x_hat, factor = _contain(blocks, largest, CARRY, SHIFT, MACRO, LARGEST, GROUP // 32)
+        _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, m0, k0, M_ROWS, K_LONG, BM, BK, GROUP)
+        if OPERAND:
+            _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, MACRO)
+
+
+def _empty(rows: int, length: int, group: int | None, device: torch.device) -> tuple[Container, torch.Tensor]:
+    """A container to be written, and the bits of its rows' largest magnitudes, zero as are its flags."""
+    n, long = padded(rows, MULTIPLE), padded(length, GROUP if group else MULTIPLE)
+    group = group or max(long, MULTIPLE)
+    zeros = torch.zeros(n + n // 4 + 4, dtype=torch.int32, device=device)
+    flags = zeros[n:].view(torch.uint8)
+    payload = torch.empty(n, long, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(-(-long // group), n, dtype=torch.float32, device=device)
+    return Container(payload, scale, flags[:n], flags[n : n + 1], (rows, length), group), zeros[:n]
 
 
 @launches
-def container(x: torch.Tensor, recipe: QuantRecipe) -> Container:
-    """Quantise the rows of a matrix (M, K), float32, bfloat16 or float16, of any strides; `x.t()` quantises columns."""
+def containers(
+    x: torch.Tensor,
+    rows: QuantRecipe | None = None,
+    columns: QuantRecipe | None = None,
+    operand_dtype: torch.dtype | None = None,
+    whole_rows: bool = False,
+) -> tuple[Container | None, Container | None, torch.Tensor | None]:
+    """What a training step needs of a matrix.
+
+    Args:
+        x: (M, K), float32, bfloat16 or float16, of any strides.
+        rows, columns: recipes of the container of x, blocks along K, and of x^T, blocks along M; None leaves one out.
+        operand_dtype: dtype of x_hat (M, K), quantised by `rows`, or None to leave it out.
+        whole_rows: one scale a row of each container, instead of one for every 128 elements or macro block.
+
+    Returns:
+        (container of x, container of x^T, x_hat), None for what was left out.
+
+    Raises:
+        ValueError: containers do not hold a recipe (see `fits`, `fits_rows`), or an operand without a `rows` recipe.
+    """
+    for recipe in (rows, columns):
+        if recipe is not None and not (fits_rows if whole_rows else fits)(recipe):
+            why = unsupported(recipe) or ("it has a fallback" if recipe.fallback_alpha is not None else "rows share a scale")
+            raise ValueError(f"no FP8 container holds {recipe.describe()} ({why}): dequantise and multiply in BF16")
+    if operand_dtype is not None and rows is None:
+        raise ValueError("an operand is quantised by `rows`: give that recipe too")
+    if rows is not None and columns is not None and _LARGE_MACRO in (macro_size(rows), macro_size(columns)):
+        # A tile of both would be 256 x 256, more than the registers hold.
+        first, _, x_hat = containers(x, rows=rows, operand_dtype=operand_dtype)
+        return first, containers(x, columns=columns)[1], x_hat
+    if x.stride(0) == 1 and x.stride(1) != 1 and operand_dtype is None:  # a transposed view: neighbours lie along its columns
+        second, first, _ = containers(x.t(), columns, rows, whole_rows=whole_rows)
+        return first, second, None
     M, K = x.shape
-    if not supports(recipe):
-        raise ValueError(f"no Triton kernel for {recipe.describe()}: use the reference")
-    how = constants(recipe)
-    fallback, group = how["FALLBACK"], how["GROUP"]
-
-    def empty_pass():
-        return (
-            torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device),
-            torch.empty(M, dtype=torch.float32, device=x.device),
-            torch.empty(M, dtype=torch.bool, device=x.device),
-        )
-
-    first = empty_pass()
-    second = empty_pass() if fallback else first
-    factor = torch.empty(-(-K // recipe.macro_size), M, device=x.device) if group else None
-    outputs = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (*first, *second)]
+    groups = [None if whole_rows else group_of(r) for r in (rows or columns, columns or rows)]
+    first, largest = _empty(M, K, groups[0], x.device) if rows is not None else (None, None)
+    second, largest_t = _empty(K, M, groups[1], x.device) if columns is not None else (None, None)
+    x_hat = torch.empty(M, K, dtype=operand_dtype, device=x.device) if operand_dtype is not None else None
     size = (M, K, x.stride(0), x.stride(1))
-    if x.numel() == 0:
+    if not x.numel():
         pass
-    elif x.stride(1) == 1 or x.stride(0) != 1:
-        one_read = K <= _ONE_READ
-        block_k = max(triton.next_power_of_2(K), 256) if one_read else 4096
-        rows = max(1, 2048 // block_k)
-        _rows_kernel[(triton.cdiv(M, rows),)](
-            x, *outputs[:3], factor, *outputs[3:], *size,
-            R=rows, BK=block_k, ONE_READ=one_read, num_warps=max(1, min(8, rows * block_k // 512)), **how,
-        )  # fmt: skip
+    elif whole_rows and columns is None and K <= _IN_REGISTERS:
+        _launch_rows(x, first, x_hat, constants(rows))
     else:
-        span = torch.empty(2, 2, M, dtype=torch.int32, device=x.device)  # of both passes the largest and the smallest byte
-        span[:, 0], span[:, 1] = 7, 255
-        tile = {"R": 64, "BK": max(1, group) * BLOCK, "num_warps": 2}  # the best of ten on an H100: a block a thread
-        steps = max(1, 16 // max(1, group))
-        grid = (triton.cdiv(M, tile["R"]), triton.cdiv(K, tile["BK"]))
-        _spans_kernel[grid[0], triton.cdiv(grid[1], steps)](x, span, factor, *size, STEPS=steps, **tile, **how)
-        _payloads_kernel[grid](x, span, *outputs, *size, **tile, **how)
-    residual = Container(*second) if fallback else None
-    return Container(*first, factor, recipe.macro_size, residual, recipe.fallback_alpha or 0.0)
+        how, how_t = (constants(r) for r in (rows or columns, columns or rows))
+        views = [(c.payload.view(torch.uint8), c.scale, c.wide) if c is not None else (None,) * 3 for c in (first, second)]
+        sides = {"ROWS": rows is not None, "COLUMNS": columns is not None}
+        if whole_rows:
+            _largest_kernel[triton.cdiv(M, 64), triton.cdiv(K, 256)](
+                x, largest, largest_t, *size, **sides, BM=64, BK=256, num_warps=8, enable_fp_fusion=False
+            )
+        m_rows, k_rows, m_long, k_long = (padded(n, multiple) for multiple in (MULTIPLE, GROUP) for n in (M, K))
+        if whole_rows:
+            m_long, k_long = m_rows, k_rows
+        tile = _tile(how["GROUP"], how_t["GROUP"], columns is not None and not whole_rows)
+        grid = triton.cdiv(m_rows if columns is None else max(m_rows, m_long), tile["BM"]), triton.cdiv(k_long, tile["BK"])
+        _tile_kernel[grid](
+            x, *views[0], largest, *views[1], largest_t, x_hat, *size[:2], m_rows, k_rows, m_long, k_long, *size[2:],
+            CARRY=how["CARRY"], SHIFT=how["SHIFT"], MACRO=how["GROUP"], GROUP=groups[0] or 0,
+            CARRY_T=how_t["CARRY"], SHIFT_T=how_t["SHIFT"], MACRO_T=how_t["GROUP"], GROUP_T=groups[1] or 0,
+            **sides, OPERAND=x_hat is not None, LARGEST=how["LARGEST"], enable_fp_fusion=False, **tile,
+        )  # fmt: skip
+    return first, second, x_hat
+
+
+def _launch_rows(x: torch.Tensor, first: Container, x_hat: torch.Tensor | None, how: dict) -> None:
+    (M, K), (n, long) = x.shape, first.payload.shape
+    wide = max(triton.next_power_of_2(long), 256)
+    rows = max(1, 2048 // wide)
+    _rows_kernel[(triton.cdiv(n, rows),)](
+        x, first.payload.view(torch.uint8), first.scale, first.wide, x_hat, M, K, n, long, x.stride(0), x.stride(1),
+        CARRY=how["CARRY"], SHIFT=how["SHIFT"], OPERAND=x_hat is not None, R=rows, BK=wide,
+        num_warps=max(2, min(16, rows * wide // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _tile(macro: int, macro_t: int, columns: bool) -> dict[str, int]:
+    """Tiles that hold whole groups and macro blocks, of columns too if they have groups."""
+    if columns:
+        return {"BM": max(GROUP, macro_t * BLOCK), "BK": max(GROUP, macro * BLOCK), "num_warps": 8}
+    return {"BM": 32, "BK": max(GROUP, macro * BLOCK), "num_warps": 4}

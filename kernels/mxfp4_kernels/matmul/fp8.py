@@ -1,43 +1,29 @@
 """Y = A_hat B_hat^T of two MXFP4 operands as one FP8 product, exact operands in every case.
 
-Containers hold the operands without losing a bit, each row with one power of two, so the product is `torch._scaled_mm` with
-row-wise scales. It accumulates without `use_fast_accum`: partial sums are promoted to float32, as DeepGEMM does.
+Containers (`container/reference.py`) hold the operands without losing a bit, so the sums are those of the dequantised operands
+up to their own rounding. Rows that share a scale make a row-wise product, `torch._scaled_mm`; partial sums are promoted to
+float32, or, `fast`, left to the tensor core's own accumulator, as FP8 libraries do by default. Groups of 128 with a scale
+each, which macro blocks need, are promoted, scaled and added in float32: by cuBLAS on Hopper, else, and for macro blocks of 32
+and 64, by a Triton kernel.
 
-Rows whose scales spread over more than E4M3 holds are zero in their container; `repair.py` computes their products.
+Rows with blocks that do not fit a container are incomplete; `repair.py` computes their products.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mxfp4_kernels.container.triton import container
-from mxfp4_kernels.device import launches, supports
-from mxfp4_kernels.matmul import operand
+from mxfp4_kernels.container.reference import GROUP, MULTIPLE, Container
+from mxfp4_kernels.container.triton import containers
+from mxfp4_kernels.device import BLOCK, launches
+from mxfp4_kernels.matmul.operand import Operand
 from mxfp4_kernels.matmul.repair import repair
-from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.recipe import QuantRecipe
-
-MULTIPLE = 16  # of both the contraction and the output columns: what FP8 products ask for
-
-
-def fits(recipe: QuantRecipe | None) -> bool:
-    """Whether operands of this recipe can be multiplied here: plain MXFP4 with any fixed scale rule."""
-    return recipe is not None and supports(recipe) and recipe.macro_block is None and recipe.fallback_alpha is None
-
-
-class Operand(operand.Operand):
-    """One side of a product: the container of a matrix (rows, K) quantised along K, and what it was made from.
-
-    Raises:
-        ValueError: the recipe has macro blocks, a fallback, or no kernel.
-    """
-
-    def __init__(self, source: torch.Tensor, recipe: QuantRecipe):
-        if not fits(recipe):
-            raise ValueError(
-                f"a row-wise FP8 product needs a plain MXFP4 recipe, not {recipe.describe()}: dequantise and multiply in BF16"
-            )
-        super().__init__(source, recipe, container(source, recipe))
 
 
 def operands(
@@ -45,57 +31,181 @@ def operands(
     rows: QuantRecipe | None = None,
     columns: QuantRecipe | None = None,
     operand_dtype: torch.dtype | None = None,
+    whole_rows: bool = False,
 ) -> tuple[Operand | None, Operand | None, torch.Tensor | None]:
-    """x (M, K) by `rows` and x^T (K, M) by `columns` as operands of products, and x_hat (M, K) in `operand_dtype`.
-
-    Raises:
-        ValueError: as `Operand`.
-    """
+    """`containers` of x (M, K) and x^T (K, M) as operands of products, and x_hat; args, result and errors as there."""
+    first, second, x_hat = containers(x, rows, columns, operand_dtype, whole_rows)
     return (
-        Operand(x, rows) if rows is not None else None,
-        Operand(x.t(), columns) if columns is not None else None,
-        fake_quantize(x, rows, dtype=operand_dtype) if operand_dtype is not None else None,
+        Operand(x, rows, first) if first is not None else None,
+        Operand(x.t(), columns, second) if second is not None else None,
+        x_hat,
     )
 
 
-def row_wise(a, b, out_dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
-    """P_a P_b^T, each row and column times its scale: (M, N).
+@launches
+def product(
+    a: Operand,
+    b: Operand,
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+    fast: bool = False,
+) -> torch.Tensor:
+    """A_hat (M, K) times B_hat (N, K) transposed, plus bias (N,) if given: (M, N).
 
-    a, b have `payload` float8_e4m3fn (rows, K), `scale` float32 (rows,) and `dequantize()`. In float32 on a CPU; `fast` leaves
-    all sums to the tensor core's own accumulator.
+    Args:
+        backend: "row-wise" | "cublas" (a scale every 128) | "triton" | "reference" (float32 product of the dequantised
+            containers) | None: the fastest that can; the reference on a CPU. Repairs are the same kernel in all of them.
+            "row-wise" and "cublas" only have bfloat16 outputs on a GPU; the latter's are rounded before a bias is added.
+        fast: let a row-wise product leave its sums to the tensor core's own accumulator, of 14 bits or so; others ignore it.
 
     Raises:
-        ValueError: K differs, or K or N is no multiple of 16.
+        ValueError: K differs, the bias has no N numbers, or the backend does not exist or cannot compute it.
+    """
+    (M, K), (N, other) = a.container.shape, b.container.shape
+    if other != K:
+        raise ValueError(f"A has {K} columns and B {other}: both are contracted")
+    if a.container.payload.shape[1] != b.container.payload.shape[1]:
+        raise ValueError("one side has a scale a row and the other a scale every 128 elements: make both alike")
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, _BACKENDS))}, None")
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
+        bias = bias.contiguous()
+    if not (M and N and K):
+        y = torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
+        return y if bias is None else y + bias.to(out_dtype)
+    compute = _BACKENDS[backend or _best(a.container, b.container, out_dtype)]
+    padded = compute(a.container, b.container, out_dtype, bias, fast)
+    # Without the padding, and not a view: autograd lets nobody change in place a view that a Function returns.
+    y = padded.new_empty(0).set_(padded.untyped_storage(), 0, (M, N), padded.stride())
+    if not a.container.group == b.container.group == BLOCK:  # one block a group: every group fits
+        repair(a, b, y, bias)
+    return y
+
+
+def _best(a: Container, b: Container, out_dtype: torch.dtype) -> str:
+    if not a.payload.is_cuda:
+        return "reference"
+    if out_dtype != torch.bfloat16:
+        return "triton"
+    if _share_scales(a, b):
+        return "row-wise"
+    return "cublas" if a.group == b.group == GROUP and _has_block_scaling(a.payload.device) else "triton"
+
+
+def _share_scales(a: Container, b: Container) -> bool:
+    return a.scale.shape[0] == b.scale.shape[0] == 1
+
+
+@functools.cache
+def _has_block_scaling(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` takes 1x128 scales on both sides: Hopper, PyTorch 2.9, CUDA 12.9."""
+    pytorch, cuda = (tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, torch.version.cuda or "0.0"))
+    return torch.cuda.get_device_capability(device)[0] == 9 and pytorch >= (2, 9) and cuda >= (12, 9)
+
+
+def row_wise(a, b, out_dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = False) -> torch.Tensor:
+    """P_a P_b^T, each row and column times its scale, plus bias: (M, N).
+
+    a, b have `payload` float8_e4m3fn (rows, K), `scale` float32 (1, rows) and `dequantize()`. In float32 on a CPU.
+
+    Raises:
+        ValueError: K differs, K or N is no multiple of 16, a row has several scales, or on a GPU another output than bfloat16.
     """
     (M, K), (N, other) = a.payload.shape, b.payload.shape
     if other != K:
         raise ValueError(f"A has {K} columns and B {other}: both are contracted")
+    if not _share_scales(a, b):
+        raise ValueError("a row-wise product has a scale a row: make containers of whole rows")
     if K % MULTIPLE or N % MULTIPLE:
         raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
     if not (M and N and K):
         return torch.zeros(M, N, dtype=out_dtype, device=a.payload.device)
     if not a.payload.is_cuda:
-        return (a.dequantize() @ b.dequantize().t()).to(out_dtype)
-    return torch._scaled_mm(
+        return _reference(a, b, out_dtype, bias)
+    _check_bfloat16(out_dtype)
+    # The product's own bias has to be bfloat16.
+    own = bias is not None and bias.dtype == torch.bfloat16 and bias.shape[0] == N
+    y = torch._scaled_mm(
         a.payload,
         b.payload.t(),
-        scale_a=a.scale.unsqueeze(1),
-        scale_b=b.scale.unsqueeze(0),
+        scale_a=a.scale.t(),
+        scale_b=b.scale,
+        bias=bias if own else None,
         out_dtype=out_dtype,
         use_fast_accum=fast,
     )
+    if bias is not None and not own:
+        y[:, : bias.shape[0]].add_(bias)
+    return y
 
 
-@launches
-def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """A_hat (M, K) times B_hat (N, K) transposed, plus bias (N,) if given: (M, N).
+def _check_bfloat16(out_dtype: torch.dtype) -> None:
+    if out_dtype != torch.bfloat16:
+        raise ValueError(f"PyTorch's scaled FP8 products give bfloat16, not {out_dtype}: give backend='triton'")
 
-    On a CPU, where only the repair is a kernel (interpreted), the product itself is in float32.
 
-    Raises:
-        ValueError: as `row_wise`.
-    """
-    y = row_wise(a.container, b.container, out_dtype)
-    if y.numel() and a.source.numel():
-        repair(a, b, y)
-    return y if bias is None else y.add_(bias)
+def _cublas(a: Container, b: Container, out_dtype, bias, fast) -> torch.Tensor:
+    if not a.group == b.group == GROUP:
+        raise ValueError(f"cuBLAS scales every {GROUP} elements, not every {a.group} and {b.group}: give backend='triton'")
+    _check_bfloat16(out_dtype)
+    y = torch._scaled_mm(a.payload, b.payload.t(), scale_a=a.scale.t(), scale_b=b.scale, out_dtype=out_dtype)
+    if bias is not None:
+        y[:, : b.shape[0]].add_(bias)
+    return y
+
+
+def _reference(a, b, out_dtype, bias, fast=False) -> torch.Tensor:
+    y = a.dequantize() @ b.dequantize().t()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+# ---- the product in Triton --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _product_kernel(
+    a, b, scale_a_ptr, scale_b_ptr, bias_ptr, y_ptr, M, N, K, N_OUT,
+    GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACROSS: tl.constexpr,
+):  # fmt: skip
+    # Tiles in columns of ACROSS rows of tiles: neighbours in time read the same part of A and B.
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    column = tl.program_id(0) // (ACROSS * tiles_n)
+    height = tl.minimum(tiles_m - column * ACROSS, ACROSS)
+    within = tl.program_id(0) % (ACROSS * tiles_n)
+    m0, n0 = (column * ACROSS + within % height) * BM, within // height * BN
+    rows, columns = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        part = tl.dot(a.load([m0, k0]), b.load([n0, k0]).T)
+        scale_a = tl.load(scale_a_ptr + k0 // GROUP_A * M + rows, mask=rows < M, other=0.0)
+        scale_b = tl.load(scale_b_ptr + k0 // GROUP_B * N + columns, mask=columns < N, other=0.0)
+        total += part * (scale_a[:, None] * scale_b[None, :])
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + columns, mask=columns < N_OUT, other=0.0).to(tl.float32)[None, :]
+    at = y_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
+    tl.store(at, total.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+_WHOLE = 1 << 30  # elements of a row: there is one scale
+
+
+def _triton(a: Container, b: Container, out_dtype, bias, fast=False, **tile: int) -> torch.Tensor:
+    (M, K), N = a.payload.shape, b.payload.shape[0]
+    y = torch.empty(M, N, dtype=out_dtype, device=a.payload.device)
+    groups = [_WHOLE if c.scale.shape[0] == 1 else c.group for c in (a, b)]
+    # Small tiles, so that several programs share a multiprocessor: one scales while another multiplies.
+    tile = {"BM": 64, "BN": 128, "ACROSS": 8, "num_warps": 4, "num_stages": 4, **tile, "BK": min(*groups, GROUP)}
+    _product_kernel[triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"]),](
+        TensorDescriptor.from_tensor(a.payload, [tile["BM"], tile["BK"]]),
+        TensorDescriptor.from_tensor(b.payload, [tile["BN"], tile["BK"]]),
+        a.scale, b.scale, bias, y, M, N, K, b.shape[0],
+        GROUP_A=groups[0], GROUP_B=groups[1], enable_fp_fusion=True, **tile,
+    )  # fmt: skip
+    return y
+
+
+_BACKENDS = {"row-wise": row_wise, "cublas": _cublas, "triton": _triton, "reference": _reference}

@@ -1,26 +1,31 @@
 """Operands of grouped products: weights of all experts, and tokens quantised along the tokens of each expert.
 
 A wgrad contracts the tokens of an expert, so its blocks of 32 lie along them and must not hold tokens of two experts:
-`align_to_blocks` gives each expert a multiple of 32 rows of a buffer, the rest of them zero. A row of such a container has one
-scale an expert: scales need not spread less than 2^14 over all tokens, only over an expert's.
+`align_to_blocks` gives each expert a multiple of 32 rows of a buffer, the rest of them zero. A feature has one scale an expert:
+an expert's tokens of it are what a row is elsewhere (`container/reference.py`). A tile of 128 tokens may hold several experts',
+so each of its blocks looks for its own expert, and tiles are independent: one kernel finds the largest magnitudes, another
+writes the payloads.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.container.reference import Container
-from mxfp4_kernels.container.triton import _payload, _widen
-from mxfp4_kernels.device import BLOCK, constants, exp2_byte, launches, load_tile, two_passes
-from mxfp4_kernels.matmul import fp8, operand
+from mxfp4_kernels.container.reference import fits_rows
+from mxfp4_kernels.container.triton import _contain, _largest_finite
+from mxfp4_kernels.device import BLOCK, constants, launches, load_columns
+from mxfp4_kernels.matmul import fp8
+from mxfp4_kernels.matmul.operand import Operand
 from mxfp4_rl.recipe import QuantRecipe
 
-TILE = {"R": 64, "BT": 32, "num_warps": 2}  # a block a thread
+_TILE = {"BT": 128, "BN": 128, "num_warps": 8}
 
 
-class Experts(fp8.Operand):
+class Experts(Operand):
     """The weights of all experts (E, N, K), of any strides, quantised along K: one container of E * N rows.
 
     `weights.transpose(1, 2)` quantises along N, as the dgrad of two MXFP4 operands needs it; it is copied once to do so.
@@ -32,14 +37,30 @@ class Experts(fp8.Operand):
     def __init__(self, source: torch.Tensor, recipe: QuantRecipe):
         if source.ndim != 3:
             raise ValueError(f"the weights of experts are (E, N, K), not {tuple(source.shape)}")
-        super().__init__(source.reshape(-1, source.shape[2]), recipe)
-        self.source = source
+        rows, _, _ = fp8.operands(source.reshape(-1, source.shape[2]), rows=recipe, whole_rows=True)
+        super().__init__(source, recipe, rows.container)
 
 
-class Tokens(operand.Operand):
+@dataclass
+class TokenContainer:
+    """The FP8 container of each expert's tokens, side by side: for every expert what `container/reference.py` makes of them.
+
+    Attributes:
+        payload: float8_e4m3fn (N, T), not written behind the last expert's tokens.
+        scale: float32 (E, N), zero for experts without tokens.
+        wide: uint8 (E, N), 1 where a block did not fit; any_wide: uint8 (1,), whether there is one.
+        shape: (N, T).
+    """
+
+    payload: torch.Tensor
+    scale: torch.Tensor
+    wide: torch.Tensor
+    any_wide: torch.Tensor
+    shape: tuple[int, int]
+
+
+class Tokens(Operand):
     """Tokens (T, N) sorted by expert, quantised along the tokens of each expert: a side of a wgrad.
-
-    The container's payload is (N, T), its scales and flags (E, N). Payloads behind the last expert's tokens are not written.
 
     Args:
         source: (T, N), float32, bfloat16 or float16, of any strides.
@@ -50,25 +71,28 @@ class Tokens(operand.Operand):
     """
 
     def __init__(self, source: torch.Tensor, recipe: QuantRecipe, offsets: torch.Tensor):
-        if source.ndim != 2 or not fp8.fits(recipe):
+        if source.ndim != 2 or not fits_rows(recipe):
             have = f"{tuple(source.shape)} of {recipe.describe()}"
             raise ValueError(f"tokens are (T, N), of a plain MXFP4 recipe, not {have}")
         super().__init__(source, recipe, _container(source, recipe, offsets))
 
 
 @launches
-def _container(source: torch.Tensor, recipe: QuantRecipe, offsets: torch.Tensor) -> Container:
+def _container(source: torch.Tensor, recipe: QuantRecipe, offsets: torch.Tensor) -> TokenContainer:
     (T, N), E = source.shape, max(offsets.numel() - 1, 0)
     payload = torch.empty(N, T, dtype=torch.float8_e4m3fn, device=source.device)
-    scale = torch.empty(E, N, dtype=torch.float32, device=source.device)
-    wide = torch.empty(E, N, dtype=torch.bool, device=source.device)
-    how = constants(recipe)
-    if E and N:
-        _tokens_kernel[(triton.cdiv(N, TILE["R"]), E)](
-            source, payload.view(torch.uint8), scale, wide, offsets, T, N, *source.stride(),
-            CARRY=how["CARRY"], SHIFT=how["SHIFT"], **TILE, enable_fp_fusion=False,
+    # What starts as zero, in one piece: the bits of the largest magnitudes, the scales, and the flags with `any_wide` behind.
+    zeros = torch.zeros(2 * E * N + E * N // 4 + 1, dtype=torch.int32, device=source.device)
+    largest, scale, flags = zeros[: E * N], zeros[E * N : 2 * E * N].view(torch.float32), zeros[2 * E * N :].view(torch.uint8)
+    if T and N and E:
+        grid, how = (triton.cdiv(T, _TILE["BT"]), triton.cdiv(N, _TILE["BN"])), constants(recipe)
+        size, tile = (T, N, E, *source.stride()), {**_TILE, "EXPERTS": triton.next_power_of_2(E), "enable_fp_fusion": False}
+        _largest_kernel[grid](source, offsets, largest, *size, **tile)
+        _tokens_kernel[grid](
+            source, offsets, largest, payload.view(torch.uint8), scale, flags, *size,
+            CARRY=how["CARRY"], SHIFT=how["SHIFT"], **tile,
         )  # fmt: skip
-    return Container(payload, scale, wide)
+    return TokenContainer(payload, scale.view(E, N), flags[: E * N].view(E, N), flags[E * N : E * N + 1], (N, T))
 
 
 def align_to_blocks(offsets: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -91,36 +115,52 @@ def align_to_blocks(offsets: torch.Tensor, rows: int) -> tuple[torch.Tensor, tor
 
 
 @triton.jit
-def _quantised(x_ptr, rows, tokens, last, N, stride_t, stride_n, CARRY: tl.constexpr, SHIFT: tl.constexpr):
-    """E2M1 values (R, BT / 32, 32) and scale bytes of some features' tokens."""
-    x = load_tile(x_ptr, rows, tokens, N, last, stride_n, stride_t)
-    R: tl.constexpr = x.shape[0]
-    NB: tl.constexpr = x.shape[1] // 32
-    values, byte, _v, _b, _f = two_passes(tl.reshape(x, (R, NB, 32)), CARRY, SHIFT, 0, 1.0, False)
-    return values, byte
+def _tile(
+    x_ptr, offsets_ptr, T, N, E, stride_t, stride_n, BT: tl.constexpr, BN: tl.constexpr, EXPERTS: tl.constexpr
+):  # fmt: skip
+    """This program's blocks, features first, (BN * BT / 32, 1, 32): as rows of one block, which find their scales elsewhere.
+
+    Beside them, (BN, BT / 32): where an (E, N) tensor holds what belongs to a block, and whether it does; and (1, BT / 32),
+    whether a block is its expert's first.
+    """
+    t0, n0 = tl.program_id(0) * BT, tl.program_id(1) * BN
+    blocks = tl.reshape(load_columns(x_ptr, t0, n0, T, N, stride_t, stride_n, BT, BN), (BN * BT // 32, 1, 32))
+    token = t0 + tl.arange(0, BT // 32) * 32
+    every = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets_ptr + 1 + every, mask=every < E, other=2147483647)
+    owner = tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)  # E behind the last expert's tokens
+    owned = (owner < E) & (token < T)
+    leads = owned & (tl.load(offsets_ptr + owner, mask=owned, other=0) == token)
+    feature = n0 + tl.arange(0, BN)
+    return blocks, owner[None, :] * N + feature[:, None], owned[None, :] & (feature < N)[:, None], leads[None, :]
+
+
+@triton.jit
+def _largest_kernel(
+    x_ptr, offsets_ptr, largest_ptr, T, N, E, stride_t, stride_n,
+    BT: tl.constexpr, BN: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """The largest finite magnitudes of each expert's tokens, as bits, (E, N)."""
+    if tl.program_id(0) * BT < tl.load(offsets_ptr + E):
+        blocks, at, mask, _l = _tile(x_ptr, offsets_ptr, T, N, E, stride_t, stride_n, BT, BN, EXPERTS)
+        tl.atomic_max(largest_ptr + at, tl.reshape(_largest_finite(blocks), (BN, BT // 32)), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def _tokens_kernel(
-    x_ptr, payload_ptr, scale_ptr, wide_ptr, offsets_ptr, T, N, stride_t, stride_n,
-    CARRY: tl.constexpr, SHIFT: tl.constexpr, R: tl.constexpr, BT: tl.constexpr,
+    x_ptr, offsets_ptr, largest_ptr, payload_ptr, scale_ptr, wide_ptr, T, N, E, stride_t, stride_n,
+    CARRY: tl.constexpr, SHIFT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """An expert's tokens of R features: read for their scales, then again, from the cache, for the payloads."""
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    expert = tl.program_id(1)
-    first = tl.load(offsets_ptr + expert) // 32 * 32
-    last = tl.minimum(tl.load(offsets_ptr + expert + 1), T)
-    top = tl.full((R,), 7, tl.int32)
-    low = tl.full((R,), 255, tl.int32)
-    for t in range(first, last, BT):
-        values, byte = _quantised(x_ptr, rows, t + tl.arange(0, BT), last, N, stride_t, stride_n, CARRY, SHIFT)
-        top, low = _widen(top, low, values, byte)
-    wide = low < top - 14
-    tl.store(scale_ptr + expert.to(tl.int64) * N + rows, exp2_byte(top - 6), mask=rows < N)
-    tl.store(wide_ptr + expert.to(tl.int64) * N + rows, wide, mask=rows < N)
-    for t in range(first, last, BT):
-        tokens = t + tl.arange(0, BT)
-        values, byte = _quantised(x_ptr, rows, tokens, last, N, stride_t, stride_n, CARRY, SHIFT)
-        at = rows[:, None].to(tl.int64) * T + tokens[None, :]
-        mask = (rows < N)[:, None] & (tokens < last)[None, :]
-        tl.store(payload_ptr + at, tl.reshape(_payload(values, byte, top, wide), (R, BT)), mask=mask)
+    """Payloads and flags of a tile, and the scales of the experts that begin in it."""
+    if tl.program_id(0) * BT < tl.load(offsets_ptr + E):
+        blocks, at, mask, leads = _tile(x_ptr, offsets_ptr, T, N, E, stride_t, stride_n, BT, BN, EXPERTS)
+        largest = tl.reshape(tl.load(largest_ptr + at, mask=mask, other=0), (BN * BT // 32,))
+        payload, scale, wide, _x, _f = _contain(blocks, largest, CARRY, SHIFT, 0, 1.0, 0)
+        tokens = tl.program_id(0) * BT + tl.arange(0, BT)
+        features = tl.program_id(1) * BN + tl.arange(0, BN)
+        to = features[:, None].to(tl.int64) * T + tokens[None, :]
+        tl.store(payload_ptr + to, tl.reshape(payload, (BN, BT)), mask=(features < N)[:, None] & (tokens < T)[None, :])
+        tl.store(scale_ptr + at, tl.reshape(scale, (BN, BT // 32)), mask=mask & leads)
+        flags = tl.reshape(wide.to(tl.uint8), (BN, BT // 32))
+        tl.store(wide_ptr + at, flags, mask=mask & (flags != 0))
+        tl.store(wide_ptr + E * N + 0 * at, flags, mask=mask & (flags != 0))  # any_wide

@@ -2,7 +2,7 @@
 
 `repair.py` for groups. A program belongs to an expert and looks at the flags of one of its operands: the tokens' or the
 weight's in a product, where columns or rows are the expert's tokens, both sides' features in a wgrad, where the contraction is.
-Where no row is flagged it ends at once.
+Where neither operand has a flagged row it ends at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mxfp4_kernels.matmul.repair import repair_rows
 
 @triton.jit
 def _repair_kernel(
-    a_ptr, b_ptr, a_wide_ptr, b_wide_ptr, y_ptr, offsets_ptr, N, K, a_row, a_k, b_expert, b_row, b_k,
+    a_ptr, b_ptr, a_wide_ptr, b_wide_ptr, any_a_ptr, any_b_ptr, y_ptr, offsets_ptr, N, K, a_row, a_k, b_expert, b_row, b_k,
     CARRY_A: tl.constexpr, SHIFT_A: tl.constexpr, CARRY_B: tl.constexpr, SHIFT_B: tl.constexpr, WGRAD: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _repair_kernel(
         a_wide_ptr += begin
         b_wide_ptr += expert * N
         y_ptr += begin.to(tl.int64) * N
-    if end > begin:
+    if ((tl.load(any_a_ptr) | tl.load(any_b_ptr)) != 0) & (end > begin):
         if tl.program_id(2) == 0:
             repair_rows(
                 a_ptr, b_ptr, a_wide_ptr, None, y_ptr, rows, columns, first, last, a_row, a_k, b_row, b_k, width, 1,
@@ -57,7 +57,7 @@ def repair(a: Operand, b: Operand, y: torch.Tensor, offsets: torch.Tensor, wgrad
     how_a, how_b = constants(a.recipe), constants(b.recipe)
     parts = max(1, min(512 // experts, triton.cdiv(max(y.shape[-2:]), 64)))
     _repair_kernel[(experts, parts, 2)](
-        a.source, b.source, a.container.wide.view(torch.uint8), b.container.wide.view(torch.uint8), y, offsets, N, K,
+        a.source, b.source, a.container.wide, b.container.wide, a.container.any_wide, b.container.any_wide, y, offsets, N, K,
         *(a.source.stride() if not wgrad else a.source.t().stride()),
         *(b.source.stride() if not wgrad else (0, *b.source.t().stride())),
         CARRY_A=how_a["CARRY"], SHIFT_A=how_a["SHIFT"], CARRY_B=how_b["CARRY"], SHIFT_B=how_b["SHIFT"], WGRAD=wgrad,

@@ -27,15 +27,16 @@ class Operand:
 
     Attributes:
         payload: float8_e4m3fn (rows, K), contiguous.
-        scale: float32 (rows,).
+        scale: float32 (1, rows).
     """
 
     def __init__(self, source: torch.Tensor):
-        self.payload, self.scale = quantize_rows(source)
+        self.payload, scale = quantize_rows(source)
+        self.scale = scale.unsqueeze(0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """x_hat, (rows, K)."""
-        return (self.payload.float() * self.scale.unsqueeze(1)).to(dtype)
+        return (self.payload.float() * self.scale.t()).to(dtype)
 
 
 @launches
@@ -47,7 +48,7 @@ def product(a: Operand, b: Operand, out_dtype: torch.dtype = torch.bfloat16, fas
     Raises:
         ValueError: as `fp8.row_wise`.
     """
-    return row_wise(a, b, out_dtype, fast)
+    return row_wise(a, b, out_dtype, fast=fast)
 
 
 def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,72 @@
+"""The rollout's Linear: packed MXFP4 weights that are never stored dequantised.
+
+With few tokens, as in decoding, a product is bound by the bytes of the weight: a kernel reads 4.25 bits an element and decodes
+them on their way to the tensor cores (`mxfp4_kernels.matmul.decode`). With many, as in a prefill, the weight is dequantised for
+the call. Where those kernels do not run, the dequantised weight is kept instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mxfp4_rl.nn.linear import MXFP4Linear, quantized_input
+from mxfp4_rl.quant import QuantizedTensor
+from mxfp4_rl.quant.tensor import MXFP4Tensor
+from mxfp4_rl.recipe import ModelRecipe
+
+
+class PackedLinear(MXFP4Linear):
+    """The rollout's side of an MXFP4Linear: no parameter, only the codes last shipped. Forward only.
+
+    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit (those of BF16 products).
+    """
+
+    @classmethod
+    def swap(cls, linear: nn.Linear, name: str, recipe: ModelRecipe) -> None:
+        """Turn `linear` into a PackedLinear in place; its weight is dropped."""
+        super().swap(linear, name, recipe)
+        linear.weight = None
+
+    def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
+        """Take over a weight (out, in) for products in `dtype`; not a copy."""
+        if decodes(packed, dtype):
+            self._held, self._held_key = {"packed": packed}, dtype
+        else:
+            super().hold(packed, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_hat = quantized_input(x, self.recipe.activation)
+        packed = self._held.get("packed")
+        if packed is not None and x.dtype == self._held_key:
+            from mxfp4_kernels.matmul.decode import MOST_ROWS, decode_product
+
+            tokens = x_hat.reshape(-1, x_hat.shape[-1])
+            if tokens.shape[0] <= MOST_ROWS:
+                return decode_product(tokens, packed, self.bias).reshape(*x.shape[:-1], self.out_features)
+        y = nn.functional.linear(x_hat, self.weight_operand(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
+        if self._held_key != dtype:
+            raise RuntimeError(f"{self.layer_name} has no weights in {dtype}: load them with hold() first")
+        packed = self._held.get("packed")
+        return self._held["operand"] if packed is None else packed.dequantize(dtype)
+
+    def _key(self, dtype):
+        return dtype
+
+
+def decodes(packed: QuantizedTensor, dtype: torch.dtype) -> bool:
+    """Whether the decode product multiplies this weight: MXFP4, not rotated or pre-scaled, in BF16 on a GPU since Ampere."""
+    return (
+        isinstance(packed, MXFP4Tensor)
+        and dtype == torch.bfloat16
+        and packed.codes.is_cuda
+        and torch.cuda.get_device_capability(packed.codes.device) >= (8, 0)
+        and len(packed.shape) == 2
+        and packed.axis == 1
+        and packed.block_size == 32
+        and not packed.hadamard
+        and packed.pre_scale == 1
+    )
