@@ -35,6 +35,13 @@ class PackedLinear(MXFP4Linear):
         else:
             super().hold(packed, dtype)
 
+    @property
+    def path(self) -> str:
+        """What multiplies the weights it holds, for logs."""
+        if "packed" in self._held:
+            return "packed weights by the decode kernel (more than 64 tokens: dequantised for the call)"
+        return "dequantised weights" if self._held else "no weights yet"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_hat = quantized_input(x, self.recipe.activation)
         packed = self._held.get("packed")

@@ -167,7 +167,8 @@ class MXFP4Server:
             seed=int(config.seed or 0) + replica_rank,
             trust_remote_code=model.trust_remote_code,
         )
-        if self.rollout.report is not None and replica_rank == 0:
+        self._says_path = self.rollout.report is not None and replica_rank == 0  # once it has weights
+        if self._says_path:
             print(f"[mxfp4] rollout: {self.rollout.report.describe()}", flush=True)
         self._waiting: list[_Request] = []
         self._arrived = asyncio.Event()
@@ -249,6 +250,11 @@ class MXFP4Server:
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         size = await loop.run_in_executor(self._worker, self.rollout.load, weights, global_steps)
+        if self._says_path:
+            paths = Counter(m.path for m in self.rollout.model.modules() if isinstance(m, PackedLinear))
+            for path, count in paths.items():
+                print(f"[mxfp4] rollout: {count} layers multiply {path}", flush=True)
+            self._says_path = False
         self._last_sync = {"bytes": size, "seconds": time.perf_counter() - began}
 
     async def set_noise(self, on: bool) -> float:

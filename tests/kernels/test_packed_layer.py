@@ -31,7 +31,9 @@ def test_products_are_those_of_the_dequantised_operands(monkeypatch, name, token
     monkeypatch.setattr(decode, "decode_product", lambda x, *rest: calls.append(x.shape[0]) or original(x, *rest))
     recipe = QuantRecipe.parse(name)
     layer, w = layer_of(ModelRecipe(weight=recipe, activation=recipe), 48, 256)
+    assert layer.path == "no weights yet"
     layer.hold(quantize(w, recipe), torch.bfloat16)
+    assert "packed weights by the decode kernel" in layer.path
     assert not any(isinstance(held, torch.Tensor) for held in layer._held.values()), "nothing dequantised is kept"
     operand = fake_quantize(w, recipe)
     assert torch.equal(layer.weight_operand(torch.bfloat16), operand)
@@ -50,6 +52,7 @@ def test_weights_that_the_kernel_cannot_decode_are_kept_dequantised():
     recipe = QuantRecipe.parse("mxfp4+hadamard64")
     layer, w = layer_of(ModelRecipe(weight=recipe, activation=recipe), 48, 256)
     layer.hold(quantize(w, recipe), torch.bfloat16)
+    assert layer.path == "dequantised weights"
     assert torch.equal(layer._held["operand"], layer.weight_operand(torch.bfloat16))
     with pytest.raises(RuntimeError, match=r"no weights in torch.float32: load them with hold"):
         layer(torch.ones(1, 256, device=DEVICE))

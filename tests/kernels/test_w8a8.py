@@ -71,4 +71,6 @@ def test_products_that_cannot_be_and_empty_ones():
         product(a, Operand(torch.ones(47, 64, device=DEVICE)))
     assert product(Operand(torch.ones(0, 64, device=DEVICE)), b, OUT).shape == (0, 48)
     nothing = Operand(torch.ones(3, 0, device=DEVICE))
-    assert nothing.scale.tolist() == [[1, 1, 1]] and (product(nothing, Operand(torch.ones(16, 0, device=DEVICE)), OUT) == 0).all()
+    assert (
+        nothing.scale.tolist() == [[1, 1, 1]] and (product(nothing, Operand(torch.ones(16, 0, device=DEVICE)), OUT) == 0).all()
+    )
