@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from mxfp4_kernels.matmul.decode import decode_product
+from mxfp4_kernels.matmul.decode import decode_product, forget_graphs
 from report import Row, measured
 from tensors import packed_bytes
 from timing import copies, median_ms, random
@@ -39,6 +39,7 @@ def _products(case: str, rows: int, weights: list[torch.Tensor]) -> Iterator[Row
                 return median_ms(lambda w: x @ w.t(), list(zip(weights)))
             recipe, activation = VARIANTS[variant]
             packed = [(quantize(w, recipe),) for w in weights]
+            forget_graphs()  # `median_ms` keeps none
             return median_ms(lambda q: decode_product(x, q, activation=activation), packed)
 
         each = 2 if variant == "BF16" else packed_bytes(VARIANTS[variant][0])

@@ -124,10 +124,15 @@ def load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM: tl.constexpr, BK: 
 
 
 @triton.jit
-def tile_of(M, R: tl.constexpr):
-    """Row and column of this program's tile, rows first. One axis of programs: the others end at 65535."""
+def tile_of(M, K, R: tl.constexpr, BK: tl.constexpr):
+    """First row and column of this program's tile, int64, and how many rows and columns it has; rows first.
+
+    One axis of programs: the others end at 65535.
+    """
     down = tl.cdiv(M, R)
-    return tl.program_id(0) % down, tl.program_id(0) // down
+    m0 = (tl.program_id(0) % down).to(tl.int64) * R
+    k0 = (tl.program_id(0) // down).to(tl.int64) * BK
+    return m0, k0, tl.minimum(M - m0, R).to(tl.int32), tl.minimum(K - k0, BK).to(tl.int32)
 
 
 @triton.jit
@@ -163,22 +168,13 @@ def inverse_scale(byte):
 def round_e2m1(t):
     """The nearest E2M1 value of |t| < 64, ties to even, saturating; NaN stays NaN, zero keeps its sign (`elements.round_e2m1`).
 
-    Adding 1.5 * 2^22 times a number's exponent, 1 at least, leaves one mantissa bit. One instruction computes the maximum.
+    Adding 1.5 * 2^22 times the power of two below |t|, 1 at least, leaves one mantissa bit.
     """
     bits = t.to(tl.int32, bitcast=True)
-    magic = tl.maximum((bits & 0x7F800000) + 0x0B400000, 0x3F800000 + 0x0B400000).to(tl.float32, bitcast=True)
-    rounded = tl.minimum((tl.abs(t) + magic) - magic, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    power = tl.maximum(bits & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
+    rounded = tl.fma(power, -6291456.0, tl.fma(power, 6291456.0, t))
+    rounded = tl.minimum(tl.abs(rounded), 6.0, propagate_nan=tl.PropagateNan.ALL)
     return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def e2m1_code(value):
-    """E2M1 values -> 4-bit codes, int32 (`elements.encode_e2m1`); NaN becomes 7 or 15.
-
-    Times 2^-126 their float32 has the exponent and mantissa bits of E2M1, subnormal 0.5 included, right above bit 22.
-    """
-    bits = (value * 2.0**-126).to(tl.int32, bitcast=True)
-    return ((bits >> 22) & 7) | ((bits >> 28) & 8)
 
 
 @triton.jit
@@ -191,24 +187,62 @@ def static_factor(macro_amax, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def over_factor(x, factor):
-    """x (R, blocks, 32) over the factors (R, blocks) of its macro blocks, correctly rounded.
+def tiny(largest, scale):
+    """Blocks that are not zero, and whose scale (or largest magnitude) is too small for `over_factor` to multiply."""
+    return (largest > 0) & (scale < 2.0**-80)
 
-    A reciprocal a block, and two fused multiply-adds an element that correct the product with it (Markstein, 1990); not for
-    numbers so small or large that the correction would be rounded or overflow: a tile with such numbers is divided.
+
+@triton.jit
+def over_factor(x, factor, is_tiny=None):
+    """x (R, blocks, n) over the factors 1 + m8 / 256 (R, blocks) of its macro blocks, correctly rounded.
+
+    With r just below 1 / f and the rest d = 1 / f - r, x r + x d misses x / f by less than 2^-40 of it, and no quotient by nine
+    bits is as near as 2^-34 to the middle of two float32. Where the product x d could vanish, a tile is divided.
+
+    Args:
+        factor: or with as many axes as x.
+        is_tiny: shaped as factors, where x may be below 2^-110 and not zero; None looks at x.
     """
-    magnitude = largest_magnitude(x, 2)
-    extreme = (magnitude > 0) & ((magnitude < 2.0**-90) | (magnitude > 2.0**120))
-    if tl.max(tl.max(extreme.to(tl.int32), axis=1), axis=0) > 0:
-        x = tl.div_rn(x, tl.broadcast_to(factor[:, :, None], x.shape))
+    if is_tiny is None:
+        magnitude = largest_magnitude(x, 2)
+        is_tiny = tiny(magnitude, magnitude)
+    some_tiny = is_tiny.to(tl.int32)
+    for _ in tl.static_range(len(is_tiny.shape)):
+        some_tiny = tl.max(some_tiny, axis=len(some_tiny.shape) - 1)
+    below = ((1.0 / factor).to(tl.int32, bitcast=True) - 4).to(tl.float32, bitcast=True)
+    rest = tl.fma(-below, factor, 1.0) * below
+    if len(factor.shape) < len(x.shape):
+        factor, below, rest = factor[:, :, None], below[:, :, None], rest[:, :, None]
+    if some_tiny > 0:
+        x = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
     else:
-        divisor = tl.broadcast_to(factor[:, :, None], x.shape)
-        reciprocal = tl.broadcast_to(tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)[:, :, None], x.shape)
-        quotient = x * reciprocal
-        quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-        sign = x.to(tl.int32, bitcast=True) & -0x80000000  # the correction of -0 is 0
-        x = (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        x = tl.fma(x, tl.broadcast_to(below, x.shape), x * rest)
     return x
+
+
+@triton.jit
+def first_scale(amax, CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr):
+    """Largest magnitudes -> scale bytes and factors, all (R, blocks); factors are 1 without macro blocks (GROUP = 0)."""
+    R: tl.constexpr = amax.shape[0]
+    NB: tl.constexpr = amax.shape[1]
+    factor = tl.full((R, NB), 1.0, tl.float32)
+    if GROUP > 0:
+        finite = tl.where(amax < float("inf"), amax, 0.0)  # a broken block does not touch its neighbours
+        macro = largest_magnitude(tl.reshape(finite, (R, NB // GROUP, GROUP)), 2)
+        factor = static_factor(macro, LARGEST)
+        factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, NB // GROUP, GROUP)), (R, NB))
+        amax = amax * factor
+    return scale_byte(amax, CARRY, SHIFT), factor
+
+
+@triton.jit
+def second_scale(rest_amax, byte, CARRY: tl.constexpr, SHIFT: tl.constexpr):
+    """Largest magnitudes of what the first pass left, in units of its scale -> bytes of the second, and in these units."""
+    byte2 = tl.minimum(tl.maximum(scale_byte(rest_amax, CARRY, SHIFT) + byte - 127, 1), 250)
+    shift = tl.where(rest_amax == 0, 127, byte2 - byte + 127)
+    byte2 = tl.where(rest_amax == 0, 1, byte2)
+    broken = byte == 255
+    return tl.where(broken, 255, byte2), tl.where(broken, 127, shift)
 
 
 @triton.jit
@@ -217,31 +251,13 @@ def two_passes(x, CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr,
 
     The second pass repeats the first where there is no fallback; factors are 1 without macro blocks (GROUP = 0).
     """
-    R: tl.constexpr = x.shape[0]
-    NB: tl.constexpr = x.shape[1]
-    amax = largest_magnitude(x, 2)
-    if GROUP > 0:
-        finite = tl.where(amax < float("inf"), amax, 0.0)  # a broken block does not touch its neighbours
-        macro = largest_magnitude(tl.reshape(finite, (R, NB // GROUP, GROUP)), 2)
-        factor = static_factor(macro, LARGEST)
-        factor = tl.reshape(tl.broadcast_to(factor[:, :, None], (R, NB // GROUP, GROUP)), (R, NB))
-        amax = amax * factor
-    else:
-        factor = tl.full((R, NB), 1.0, tl.float32)
-    byte = scale_byte(amax, CARRY, SHIFT)
+    byte, factor = first_scale(largest_magnitude(x, 2), CARRY, SHIFT, GROUP, LARGEST)
     t = x * (inverse_scale(byte) * factor)[:, :, None]
     first = round_e2m1(t)
+    second = first
+    byte2 = byte
     if FALLBACK:
         rest = t - first
-        rest_amax = largest_magnitude(rest, 2)
-        relative = scale_byte(rest_amax, CARRY, SHIFT)
-        byte2 = tl.minimum(tl.maximum(relative + byte - 127, 1), 250)
-        shift = tl.where(rest_amax == 0, 127, byte2 - byte + 127)
-        byte2 = tl.where(rest_amax == 0, 1, byte2)
-        invalid = byte == 255
-        second = round_e2m1(rest * inverse_scale(tl.where(invalid, 127, shift))[:, :, None])
-        byte2 = tl.where(invalid, 255, byte2)
-    else:
-        second = first
-        byte2 = byte
+        byte2, shift = second_scale(largest_magnitude(rest, 2), byte, CARRY, SHIFT)
+        second = round_e2m1(rest * inverse_scale(shift)[:, :, None])
     return first, byte, second, byte2, factor

@@ -34,3 +34,10 @@ def paired(x: torch.Tensor, out: torch.Tensor, axis: int) -> list[tuple[torch.Te
     if x.ndim == 1 or (merges(x, -1) and merges(out, -1)):
         return [(matrices(x, -1, True)[0], matrices(out, -1, True)[0])]
     return [pair for parts in zip(x, out) for pair in paired(*parts, -1)]
+
+
+def one_row(unit: int, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The matrices as one long row each, where their rows are of whole units and follow each other; else as they are."""
+    if all(matrix.is_contiguous() and matrix.shape[1] % unit == 0 for matrix in matrices):
+        return tuple(matrix.view(1, -1) for matrix in matrices)
+    return matrices

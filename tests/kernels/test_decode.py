@@ -8,12 +8,12 @@ import torch
 from tests.kernels.common import DEVICE, GPU  # isort: skip
 
 from mxfp4_kernels.matmul import decode
-from mxfp4_kernels.matmul.decode import MOST_ROWS, Plan, decode_product, plan
+from mxfp4_kernels.matmul.decode import MOST_ROWS, Plan, decode_product, forget_graphs, plan
 
 from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.quant import fake_quantize
 
-ALONG_K, ALONG_N = Plan(32, 4, True, 1, 1), Plan(64, 4, False, 1, 3)
+ALONG_K, ALONG_N = Plan(32, 4, True, 1), Plan(64, 4, False, 1)
 
 
 def operands(M, N, K, name="mxfp4", seed=0):
@@ -35,7 +35,7 @@ def close(y, x, w, bias=None, operand=0.0):
     assert y.shape == exact.shape and ((y.cpu().double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("how", [ALONG_K, ALONG_N, ALONG_K._replace(SPLIT=3), ALONG_N._replace(SPLIT=2, BN=128)], ids=str)
+@pytest.mark.parametrize("how", [ALONG_K, ALONG_N, Plan(16, 16, True, 3), Plan(128, 8, False, 6)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 70, 896), (3, 40, 576), (16, 33, 32), (17, 130, 300)], ids=str)
 def test_products_are_those_of_the_dequantised_weight(shape, how):
     x, w = operands(*shape)
@@ -47,9 +47,13 @@ def test_products_are_those_of_the_dequantised_weight(shape, how):
 
 
 @pytest.mark.parametrize("how", [ALONG_K, ALONG_N], ids=str)
-def test_every_code_at_every_scale(how):
-    """One code a row of W, at one scale; the rows of X pick single columns, so every sum is one exact product."""
-    scales = [0, 1, 2, 60, 126, 127, 128, 129, 180, 249, 250, 255]
+@pytest.mark.parametrize("largest", [128, 255])
+def test_every_code_at_every_scale(how, largest):
+    """One code a row of W, at one scale; the rows of X pick single columns, so every sum is one exact product.
+
+    Up to 2 (byte 128) one multiplication gives a value, above two.
+    """
+    scales = [s for s in (0, 1, 2, 60, 126, 127, 128, 129, 130, 180, 249, 250, 255) if s <= largest]
     pairs = list(itertools.product(range(16), scales))
     w = quantize(torch.zeros(len(pairs), 160), QuantRecipe())
     for n, (code, scale) in enumerate(pairs):
@@ -113,15 +117,31 @@ def test_sums_are_the_same_every_time_and_counters_stay_zero():
     first = decode_product(x.to(DEVICE), w.to(DEVICE), None, torch.float32, how=how)
     for _ in range(2):
         assert torch.equal(decode_product(x.to(DEVICE), w.to(DEVICE), None, torch.float32, how=how), first)
-    ((pool, _start),) = decode._POOLS.values()
-    assert not pool.any()
+    assert not any(zeros.any() for pools in decode._POOLS.values() for zeros, _start in pools)
 
 
-def test_counters_are_aligned_and_nobody_else_s():
+def test_counters_are_aligned_and_nobody_else_s(monkeypatch):
+    monkeypatch.setattr(decode, "_POOLS", {})
     device = torch.zeros(0, device=DEVICE).device
-    dealt = [decode._counters(device, count) for count in (1, 5, 4, 3)]
-    assert all(counters.data_ptr() % 16 == 0 for counters in dealt)
-    assert all(a.data_ptr() + 4 * a.numel() <= b.data_ptr() for a, b in itertools.pairwise(dealt))
+    before = decode._counters(device, 2, captured=True)
+    dealt = [decode._counters(device, count, captured=False) for count in (1, 5, 4, 3)]
+    graphs = [decode._counters(device, count, captured=True) for count in (3, 6)]
+    assert all(counters.data_ptr() % 16 == 0 for counters in (before, *dealt, *graphs))
+    for a, b in [*itertools.pairwise(dealt), *itertools.pairwise(graphs)]:
+        assert a.data_ptr() + 4 * a.numel() <= b.data_ptr()
+    assert len({counters.untyped_storage().data_ptr() for counters in (before, dealt[0], graphs[0])}) == 3
+
+
+def test_calls_take_turns_and_graphs_do_not(monkeypatch):
+    monkeypatch.setattr(decode, "_POOLS", {})
+    device = torch.zeros(0, device=DEVICE).device
+    most = 1 << 20
+    calls = [decode._counters(device, most, captured=False) for _ in range(2)]
+    assert calls[0].data_ptr() == calls[1].data_ptr()
+    graphs = [decode._counters(device, most, captured=True) for _ in range(2)]
+    assert graphs[0].data_ptr() != graphs[1].data_ptr() and not graphs[1].any()
+    forget_graphs()
+    assert decode._counters(device, most, captured=True).data_ptr() == graphs[0].data_ptr()
 
 
 @pytest.mark.skipif(not GPU, reason="captures a CUDA graph")
@@ -129,16 +149,16 @@ def test_a_graph_has_counters_of_its_own():
     x, w = (operand.to(DEVICE) for operand in operands(4, 80, 1024))
     how = ALONG_K._replace(SPLIT=2)
     expected = decode_product(x, w, None, torch.float32, how=how)
-    ((_pool, before),) = decode._POOLS.values()
+    ((calls, graphs),) = decode._POOLS.values()
+    before = calls[1], graphs[1]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = decode_product(x, w, None, torch.float32, how=how)
-    ((_pool, after),) = decode._POOLS.values()
-    assert after == before
+    assert calls[1] == before[0] and graphs[1] > before[1]
     for _ in range(2):
         y.zero_()
         graph.replay()
-        assert torch.equal(y, expected)
+        assert torch.equal(y, expected) and not graphs[0].any()
 
 
 @pytest.mark.parametrize("M", [1, 9, 40])

@@ -17,8 +17,8 @@ def reference(q, dtype=torch.float32):
     return QuantizedTensor.dequantize(q, dtype)  # the class's own goes to the kernel on a GPU
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mxfp4+prescale", "mxfp4+prescale+mbs64+of0.5"])
-@pytest.mark.parametrize("shape", [(33, 33), (3, 576), (1, 70), (5, 3, 64)], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "mxfp4+mbs96", "mxfp4+prescale", "mxfp4+prescale+mbs64+of0.5"])
+@pytest.mark.parametrize("shape", [(33, 33), (3, 576), (1, 70), (5, 3, 64), (9, 1024), (200, 70)], ids=str)
 def test_values_are_the_reference_s(shape, name):
     x = data(shape, torch.float32)
     for axis in range(len(shape)):
@@ -38,6 +38,26 @@ def test_every_code_under_every_scale():
     expected, got = reference(q, torch.bfloat16), kernel.dequantize(q.to(DEVICE), torch.bfloat16)
     assert_same(got[normal], expected[normal])
     assert got[255].isnan().all()
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5, 1e-30])
+def test_quotients_by_factors_are_rounded_correctly(alpha):
+    """Ordinary ones, subnormal ones, both in a tile, and ordinary ones beside zero blocks, whose scales are the smallest."""
+    recipe = QuantRecipe(macro_block="static", fallback_alpha=alpha)
+    x = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    scales = [torch.tensor(2.0**e) for e in (0, -104, -124, -130)] + [torch.exp2(-6 * torch.arange(24).unsqueeze(1))]
+    for by in (*scales, (torch.arange(256) // 32) % 2):
+        for axis in (0, 1):
+            q = quantize(x * by, recipe, axis)
+            assert_same(kernel.dequantize(q.to(DEVICE), torch.float32), reference(q))
+
+
+def test_codes_at_odd_addresses():
+    q = quantize(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)))
+    buffer = torch.empty(q.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    buffer[1:] = q.codes.flatten().to(DEVICE)
+    odd = dataclasses.replace(q.to(DEVICE), codes=buffer[1:].view(q.codes.shape))
+    assert_same(kernel.dequantize(odd, torch.float32), reference(q))
 
 
 def test_strided_codes_empty_tensors_and_what_is_refused():

@@ -154,5 +154,5 @@ def test_what_cannot_be_is_refused():
 def test_biases_may_be_strided(backend):
     x, w = matrices(16, 48, 64)
     a, b = (operands(t, rows=QuantRecipe(), whole_rows=backend == "row-wise")[0] for t in (x, w))
-    bias = torch.arange(96.0, device=DEVICE)[::2]
+    bias = torch.arange(96.0, device=DEVICE, dtype=torch.bfloat16)[::2]
     assert_is_product(product(a, b, OUT, bias, backend), a, b, bias, backend)

@@ -1,22 +1,28 @@
 """Error statistics in one read: `mxfp4_rl.quant.error_stats` without a tensor of errors.
 
-A thread holds whole blocks, so that nothing moves between threads but the last sums. In units of a block's scale s, with
-t = f x / s, the first pass q, the ideal quantiser's grid value h, its scale s* = A / 6 (A = max|t|), and
+A thread holds whole blocks, so that nothing moves between threads but the last sums. No sum knows a sign: y is |x|, times its
+macro block's factor. With q what the first pass makes of y, h the ideal quantiser's result in units of its own scale A / 6
+(A = max y), and
 
-    e = q - t        rho = h A / 6 - t = ideal - t        d = [h = 0]        z = [q = 0]
+    e = y - q        rho = y - h A / 6        d = [h = 0]        z = [q = 0]
 
-five products and two masked squares an element hold the energies of all parts (E = sum t^2):
+five products and two masked squares an element hold the energies of all parts:
 
-    scale bias = sum e^2 - 2 e rho + rho^2        deadzone = sum d t^2        cross = sum (1 - d) (e - rho) rho
-    grid noise = sum rho^2 - deadzone             zeroed = sum z t^2          product = sum q t
+    scale bias = sum e^2 - 2 e rho + rho^2        deadzone = sum d y^2        cross = sum (1 - d) (e - rho) rho
+    grid noise = sum rho^2 - deadzone             zeroed = sum z y^2          product = sum y^2 - e y
 
-No difference of these sums is small against its terms where the error is not. Sums over a block are float32 in units of s, sums
-over blocks float64. Programs first assume that no block is broken and, under rules with c <= 6, that none saturates; a program
-whose energy turns out not to be a finite number takes its tiles again, carefully.
+No difference of these sums is small against its terms where the error is not. They are float32, over a block and then over a
+thread's blocks. Programs first assume that no block is broken, that squares neither overflow nor vanish and, under rules with
+c <= 6, that nothing saturates; a program whose energy is tiny or not a finite number takes its tiles again, carefully: y in
+units of a block's scale, and float64 over blocks.
 
-The ideal quantiser rounds u = 6 t / A. For BF16 and float16 numbers u is a midpoint of the grid or 2^-15 and more away from
-all, so rounding to a multiple of 2^-17 makes an approximate quotient decide like the exact one. For float32, where the
-reference decides in float64, elements within a factor 1 +- 2^-21 of a midpoint may fall to its other side.
+The ideal quantiser rounds u = 6 y / A. With the power of two S that makes 1 <= 6 S / A < 2, S u = y + (6 S / A - 1) y is one
+fused multiply-add, off by less than 2^-25 of it before it is rounded: exact on the grid and on its midpoints. For BF16 and
+float16 numbers u is there or 2^-15 and more away, and falls to the right side. For float32, where the reference decides in
+float64, elements within a factor 1 +- 2^-21 of a midpoint may fall to its other side.
+
+Assembly says what the compiler does not find, such as two BF16 numbers an instruction. Around the counts, whose sums LLVM would
+otherwise reorder, it also keeps a block's elements one after another: all at once they do not fit into the registers.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import triton.language as tl
 
 from mxfp4_kernels.device import (
     BLOCK,
+    INTERPRETED,
     LAST_AXIS_FIRST,
     constants,
     exp2_byte,
@@ -40,244 +47,370 @@ from mxfp4_kernels.device import (
 )
 from mxfp4_kernels.views import matrices, merges
 from mxfp4_rl.quant.decomposition import ErrorStats
-from mxfp4_rl.quant.scales import CONSTANTS
+from mxfp4_rl.quant.scales import CONSTANTS, carry_and_exponent
 from mxfp4_rl.recipe import QuantRecipe
 
 _BLOCKS = 128  # of a tile along rows: one a thread
 _COLUMNS = 256  # of a tile along columns: two a thread
-_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
-_SATURATES = tl.constexpr(1.5 * 2.0**125)  # 6 times the largest scale
+_STEPS = 64  # of a program at most, for the sake of float32 sums
+_SUMS = 20  # of a program
+_MULTIPROCESSORS = 132  # of an H100
+_LEAST_ENERGY = tl.constexpr(2.0**-70)  # of a program whose squares do not underflow
+_IDEAL_CARRY = tl.constexpr(carry_and_exponent("rceil")[0])
+_IDEAL_SHIFT = tl.constexpr(2 + carry_and_exponent("rceil")[1])
+_TOGETHER = tl.constexpr(8 if INTERPRETED else 2)  # elements of a block: a register's, but the interpreter is slow at calls
 
 
 @triton.jit
-def _round(t):
-    """The nearest E2M1 value below saturation, ties to even (`elements.round_e2m1`)."""
-    exponent = tl.maximum(t.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
-    return tl.fma(exponent, -6291456.0, tl.fma(exponent, 6291456.0, t))  # 1.5 * 2^22
+def _scale(amax, CARRY: tl.constexpr, SHIFT: tl.constexpr):
+    """The power of two that a rule chooses (`scales.scale_byte`), without its end above."""
+    bits = (amax.to(tl.int32, bitcast=True) + CARRY) & 0x7F800000
+    return tl.maximum(bits - (SHIFT << 23), 0x00800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _clamp(q, SATURATE: tl.constexpr):
-    return tl.minimum(tl.maximum(q, -6.0), 6.0) if SATURATE else q
+def _octaves(scale, other):
+    """log2 of the quotient of two powers of two."""
+    return (scale.to(tl.int32, bitcast=True) - other.to(tl.int32, bitcast=True)).to(tl.float32) * 2.0**-23
 
 
 @triton.jit
-def _eight(a, b, c, d, e, f, g, h):
-    """Eight tensors (B,) as one (B, 2, 2, 2), in order."""
-    return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+def _inverse(scale):
+    """1 over a power of two."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to an ulp; infinite for subnormal numbers."""
+    if INTERPRETED:
+        return tl.where(tl.abs(x) < 2.0**-126, float("inf"), 1.0 / x)
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x):
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _magnitude(x):
+    """|x|, two 16-bit numbers at a time."""
+    if INTERPRETED or x.dtype == tl.float32:
+        return tl.abs(x)
+    else:
+        return tl.inline_asm_elementwise("and.b32 $0, $1, 0x7FFF7FFF;", "=r,r", [x], x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _round(y, scale, SIGNED: tl.constexpr):
+    """The nearest E2M1 value in units of `scale`, ties to even, for |y| < 8 scale (`elements.round_e2m1`).
+
+    2^22 times a number has the grid's step there as the last bit or a multiple of it, and its difference from y is rounded to
+    the step: right below a power of two to a finer one, but to the power of two itself, which the grid has.
+    """
+    size = tl.maximum(tl.abs(y), 1.5 * scale)
+    if SIGNED:
+        size = (size.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+    return tl.fma(size, 4194304.0, tl.fma(size, -4194304.0, y))
+
+
+@triton.jit
+def _clamp(y, end):
+    return tl.minimum(tl.maximum(y, -end), end)
+
+
+@triton.jit
+def _first_pass(x, factor, scale, SCALED: tl.constexpr, SATURATE: tl.constexpr):
+    """y = factor x, what the first pass leaves of it, and what of it is beyond the grid's end."""
+    if x.dtype == tl.bfloat16 and not (SCALED or INTERPRETED):  # two at a time; everything is a BF16 number
+        least, end = (1.5 * scale).to(tl.bfloat16), (6.0 * scale).to(tl.bfloat16)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 inside, size, q, e, beyond, minus, minus_one, plus;"
+            "mov.b32 minus, 0xC280C280; mov.b32 plus, 0x42804280; mov.b32 minus_one, 0xBF80BF80;"  # 2^6, as BF16 has 8 bits
+            + ("min.bf16x2 inside, $6, $8;" if SATURATE else "mov.b32 inside, $6;")
+            + "max.bf16x2 size, inside, $7;"
+            "fma.rn.bf16x2 q, size, minus, inside; fma.rn.bf16x2 q, size, plus, q;"
+            "fma.rn.bf16x2 e, q, minus_one, $6; fma.rn.bf16x2 beyond, inside, minus_one, $6;"
+            "shl.b32 $0, $6, 16; and.b32 $1, $6, 0xFFFF0000;"
+            "shl.b32 $2, e, 16; and.b32 $3, e, 0xFFFF0000;"
+            "shl.b32 $4, beyond, 16; and.b32 $5, beyond, 0xFFFF0000; }",
+            "=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [x, tl.broadcast_to(least, x.shape), tl.broadcast_to(end, x.shape)],
+            (tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        if x.dtype == tl.bfloat16 and not INTERPRETED:
+            asm: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;"
+            y = tl.inline_asm_elementwise(asm, "=&r,=r,r", [x], tl.float32, is_pure=True, pack=2)
+        else:
+            y = x.to(tl.float32)
+        if SCALED:
+            y *= factor
+        inside = tl.minimum(y, 6.0 * scale) if SATURATE else y
+        return y, y - _round(inside, scale, False), y - inside
+
+
+@triton.jit
+def _equal(a, b, count):
+    """1.0 where a is b, else 0.0, and `count` plus the bits of that."""
+    if INTERPRETED:
+        equal = tl.where(a == b, 1.0, 0.0)
+        return equal, count + equal.to(tl.int32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 bits; set.eq.f32.f32 $0, $2, $3; mov.b32 bits, $0; add.s32 $1, $4, bits; }",
+            "=&f,=r,f,f,r", [a, b, count], (tl.float32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def _count(ones):
     """How many 1.0s, up to 511, sums (B, n) of their bits hold: n times 127 * 2^23, and 383 * 127 = 1 modulo 512."""
-    return (((tl.sum(ones, 1) >> 23) * 383) & 511).to(tl.float32)
+    return ((tl.sum(ones, 1) * 383) >> 23) & 511
 
 
 @triton.jit
-def _log2(x, ASSEMBLY: tl.constexpr):
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.log2(x)
+def _four(a, b, c, d):
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _eight(a, b, c, d, e, f, g, h):
+    """Eight tensors (B,) as one (B, 2, 2, 2), in order."""
+    return tl.join(_four(a, c, e, g), _four(b, d, f, h))
 
 
 @triton.jit
 def _halves(x):
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    """x (B, n) as two (B, n / 2); registers of two numbers stay whole."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _add_elements(
-    x, to_grid, ratio, sixth, bound, to_second, from_second, sums, further,
-    SNAP: tl.constexpr, SATURATE: tl.constexpr, FALLBACK: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Add x (B, n) to sums (B, TOGETHER), as many elements at a time: chains of fused multiply-adds, and few registers."""
-    if x.shape[1] > TOGETHER:
-        a, b = _halves(x)
-        sums, further = _add_elements(
-            a, to_grid, ratio, sixth, bound, to_second, from_second, sums, further, SNAP, SATURATE, FALLBACK, TOGETHER
-        )  # fmt: skip
-        return _add_elements(
-            b, to_grid, ratio, sixth, bound, to_second, from_second, sums, further, SNAP, SATURATE, FALLBACK, TOGETHER
-        )  # fmt: skip
+def _largest(x):
+    """`largest_magnitude` of blocks (B, 32) of magnitudes, two numbers at a time where a register holds them."""
+    if x.dtype == tl.float32 or INTERPRETED or x.shape[1] == 2:
+        return largest_magnitude(x.to(tl.float32), 1)
     else:
-        energy, product, first, ideal, mixed, deadzone, zeroed, dead_count, zero_count = sums
-        t = x * to_grid
-        q = _clamp(_round(t), SATURATE)
-        e = q - t
-        h = _round(tl.fma(t, ratio, 96.0) - 96.0 if SNAP else t * ratio)
-        rho = tl.fma(h, sixth, -t)
-        t2 = t * t
-        dead = tl.where(h == 0, 1.0, 0.0)
-        zero = tl.where(q == 0, 1.0, 0.0)
-        energy += t2
-        product = tl.fma(q, t, product)
-        first = tl.fma(e, e, first)
-        ideal = tl.fma(rho, rho, ideal)
-        mixed = tl.fma(e, rho, mixed)
-        deadzone = tl.fma(dead, t2, deadzone)
-        zeroed = tl.fma(zero, t2, zeroed)
-        dead_count += dead.to(tl.int32, bitcast=True)
-        zero_count += zero.to(tl.int32, bitcast=True)
-        dead_mixed, dead_error, clipped, fallback, error, correction, nonzero = further
-        if SATURATE:
-            beyond_e = tl.where(tl.abs(x) > bound, e, 0.0)
-            clipped = tl.fma(beyond_e, e, clipped)
-            dead_e = dead * e
-            dead_mixed = tl.fma(dead_e, rho, dead_mixed)
-            if not FALLBACK:
-                dead_error = tl.fma(dead_e, e, dead_error)
-        if FALLBACK:
-            added = _clamp(_round(e * to_second), SATURATE) * from_second
-            final_error = e + added
-            fallback = tl.fma(added, added, fallback)
-            error = tl.fma(final_error, final_error, error)
-            correction = tl.fma(added, t, correction)
-            dead_error = tl.fma(dead * final_error, final_error, dead_error)
-            nonzero += tl.where(q + added == 0, 0.0, 1.0)
-        sums = (energy, product, first, ideal, mixed, deadzone, zeroed, dead_count, zero_count)
-        return sums, (dead_mixed, dead_error, clipped, fallback, error, correction, nonzero)
+        a, b = _halves(x)
+        TYPE: tl.constexpr = "bf16x2" if x.dtype == tl.bfloat16 else "f16x2"
+        asm: tl.constexpr = "max.NaN." + TYPE + " $0, $1, $2;"
+        return _largest(tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], x.dtype, is_pure=True, pack=2))
 
 
 @triton.jit
-def _block_sums(
-    x, amax, factor, valid, alpha,
-    CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, FALLBACK: tl.constexpr,
-    CLIPS: tl.constexpr, SNAP: tl.constexpr, ASSEMBLY: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """Blocks x (B, 32), their largest magnitudes, factors and numbers of elements that are no padding (B,).
+def _largest_left(x, factor, scale, largest, SCALED: tl.constexpr, SATURATE: tl.constexpr):
+    """The largest in magnitude of `largest` and what the first pass leaves of x (B, n), whatever the sign."""
+    if x.shape[1] > _TOGETHER:
+        a, b = _halves(x)
+        largest = _largest_left(a, factor, scale, largest, SCALED, SATURATE)
+        return _largest_left(b, factor, scale, largest, SCALED, SATURATE)
+    else:
+        _y, e, _beyond = _first_pass(x, factor, scale, SCALED, SATURATE)
+        return tl.maximum(largest, tl.abs(e))
 
-    Returns (B, 2, 2, 2) three times: energies, those of clipping and of the second pass, counts; `_stats` names them.
+
+@triton.jit
+def _add_elements(x, block, sums, others, SCALED: tl.constexpr, SATURATE: tl.constexpr, FALLBACK: tl.constexpr):
+    """Add x (B, n), an element of a block after the other: chains of fused multiply-adds, and few registers."""
+    if x.shape[1] > _TOGETHER:
+        a, b = _halves(x)
+        sums, others = _add_elements(a, block, sums, others, SCALED, SATURATE, FALLBACK)
+        return _add_elements(b, block, sums, others, SCALED, SATURATE, FALLBACK)
+    else:
+        factor, scale, _ideal_scale, _ratio, _sixth, _second_scale, _alpha = block
+        y, e, beyond = _first_pass(x, factor, scale, SCALED, SATURATE)
+        if INTERPRETED:
+            return _add(y, e, beyond, block, sums, others, SATURATE, FALLBACK)
+        else:
+            y0, y1 = _halves(y)
+            e0, e1 = _halves(e)
+            beyond0, beyond1 = _halves(beyond)
+            sums, others = _add(y0, e0, beyond0, block, sums, others, SATURATE, FALLBACK)
+            return _add(y1, e1, beyond1, block, sums, others, SATURATE, FALLBACK)
+
+
+@triton.jit
+def _add(y, e, beyond, block, sums, others, SATURATE: tl.constexpr, FALLBACK: tl.constexpr):
+    """Add elements and what the first pass leaves of them to a block's sums."""
+    _factor, _scale, ideal_scale, ratio, sixth, second_scale, alpha = block
+    energy, product, first, ideal, mixed, deadzone, zeroed, dead_count, zero_count = sums
+    clipped, dead_product, dead_first, fallback, error, correction, dead_error, final_zero_count = others
+    h = _round(tl.fma(y, ratio, y), ideal_scale, False)
+    rho = tl.fma(h, sixth, y)
+    y2 = y * y
+    dead, dead_count = _equal(h, tl.zeros_like(h), dead_count)
+    zero, zero_count = _equal(e, y, zero_count)
+    energy += y2
+    product = tl.fma(e, y, product)
+    first = tl.fma(e, e, first)
+    ideal = tl.fma(rho, rho, ideal)
+    mixed = tl.fma(e, rho, mixed)
+    deadzone = tl.fma(dead, y2, deadzone)
+    zeroed = tl.fma(zero, y2, zeroed)
+    if SATURATE:
+        clipped = tl.fma(beyond, beyond, clipped)
+        dead_e = dead * e
+        dead_product = tl.fma(dead_e, y, dead_product)
+        dead_first = tl.fma(dead_e, e, dead_first)
+    if FALLBACK:
+        second = _round(_clamp(e, 6.0 * second_scale) if SATURATE else e, second_scale, True)
+        left = tl.fma(second, -alpha, e)
+        fallback = tl.fma(second, second, fallback)
+        error = tl.fma(left, left, error)
+        correction = tl.fma(second, y, correction)
+        dead_error = tl.fma(dead * left, left, dead_error)
+        _final_zero, final_zero_count = _equal(tl.fma(second, alpha, y - e), tl.zeros_like(h), final_zero_count)
+    sums = (energy, product, first, ideal, mixed, deadzone, zeroed, dead_count, zero_count)
+    return sums, (clipped, dead_product, dead_first, fallback, error, correction, dead_error, final_zero_count)
+
+
+@triton.jit
+def _add_blocks(
+    x, amax, factor, valid, alpha, totals,
+    CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, FALLBACK: tl.constexpr,
+    CLIPS: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Add blocks x (B, 32), their largest magnitudes, factors and numbers of elements that are no padding (B,).
+
+    Totals are (B, 2, 2, 2) twice, further sums the second, and counts (B, 2, 2); `_stats` names them.
     """
+    B: tl.constexpr = x.shape[0]
+    SCALED: tl.constexpr = GROUP > 0 or CAREFUL
     SATURATE: tl.constexpr = CLIPS or CAREFUL
-    broken = valid * 0
+    broken = tl.zeros((B,), tl.float32)
+    top = amax
     if CAREFUL:
         finite = amax < float("inf")
+        broken = tl.where(finite, 0, valid).to(tl.float32)
         x = tl.where(finite[:, None], x, 0.0)
-        amax = tl.where(finite, amax, 0.0)
-        broken = tl.where(finite, 0, valid)
-        valid = tl.where(finite, valid, 0)
-    scaled = amax * factor if GROUP > 0 else amax
-    byte = scale_byte(scaled, CARRY, SHIFT)
-    scale = exp2_byte(byte)
-    to_grid = inverse_scale(byte)
-    if GROUP > 0:
-        scale = tl.div_rn(scale, factor)
-        to_grid *= factor
-    top = amax * to_grid
-    ratio = tl.where(top > 0, 6.0 / top, 0.0)
-    to_second = to_grid
-    from_second = to_grid
+        top = tl.where(finite, amax, 0.0)
+        byte = scale_byte(top * factor if GROUP > 0 else top, CARRY, SHIFT)
+        unit = tl.div_rn(exp2_byte(byte), factor)  # of y
+        to_grid = inverse_scale(byte)
+        factor *= to_grid
+        top *= factor
+        scale = tl.full((B,), 1.0, tl.float32)
+    else:
+        unit = _reciprocal(factor)
+        if GROUP > 0:
+            top *= factor
+        scale = _scale(top, CARRY, SHIFT)
+    ideal_scale = _scale(top, _IDEAL_CARRY, _IDEAL_SHIFT)
+    some = top > 0
+    top = tl.where(some, top, 6.0 * ideal_scale)
+    sixth = top * (1 / 6)
+    inverse = _reciprocal(sixth)  # infinite where amax is subnormal or almost: then sums are NaN
+    ratio = tl.fma(ideal_scale, inverse, -1.0)
+    rest = tl.fma(ratio, -top, tl.fma(ideal_scale, 6.0, -top))
+    ratio = tl.fma(rest * (1 / 6), inverse, ratio)
+    second_scale = scale
     if FALLBACK:
-        t = x * to_grid[:, None]
-        rest_amax = tl.max(tl.abs(_clamp(_round(t), SATURATE) - t), axis=1)
-        shift = tl.minimum(tl.maximum(scale_byte(rest_amax, CARRY, SHIFT) + byte - 127, 1), 250) - byte + 127
-        shift = tl.where(rest_amax == 0, 127, shift)
-        to_second = inverse_scale(shift)
-        from_second = exp2_byte(shift) * -alpha
-    TOGETHER: tl.constexpr = 2 if ASSEMBLY else 8  # the interpreter is slow at calls
-    none = tl.zeros((x.shape[0], TOGETHER), tl.float32)
-    no_ones = tl.zeros((x.shape[0], TOGETHER), tl.int32)
-    sums, further = _add_elements(
-        x, to_grid[:, None], ratio[:, None], (top * (1 / 6))[:, None], (6.0 * scale)[:, None],
-        to_second[:, None], from_second[:, None],
-        (none, none, none, none, none, none, none, no_ones, no_ones), (none, none, none, none, none, none, none),
-        SNAP, SATURATE, FALLBACK, TOGETHER,
+        none = tl.zeros((B, _TOGETHER), tl.float32)
+        largest = _largest_left(x, factor[:, None], scale[:, None], none, SCALED, SATURATE)
+        second_scale = _scale(largest_magnitude(largest, 1), CARRY, SHIFT)
+        if CAREFUL:  # within the ends of written scales
+            second_scale = tl.minimum(tl.maximum(second_scale, to_grid * 2.0**-126), to_grid * 2.0**123)
+    none = tl.zeros((B, _TOGETHER if INTERPRETED else 1), tl.float32)
+    no_ones = none.to(tl.int32)
+    sums, others = _add_elements(
+        x,
+        (
+            factor[:, None], scale[:, None], ideal_scale[:, None], ratio[:, None],
+            (-sixth * _inverse(ideal_scale))[:, None], second_scale[:, None], alpha,
+        ),
+        (none, none, none, none, none, none, none, no_ones, no_ones), (none, none, none, none, none, none, none, no_ones),
+        SCALED, SATURATE, FALLBACK,
     )  # fmt: skip
     energy, product, first, ideal, mixed, deadzone, zeroed, dead_count, zero_count = sums
-    dead_mixed, dead_error, clipped, fallback, error, correction, nonzero = further
-    energy = tl.sum(energy, 1)
-    if not SATURATE:  # whoever looks at the energy sees that this block needs care
-        energy = tl.where(scaled > _SATURATES, float("inf"), energy)
+    clipped, dead_product, dead_first, fallback, error, correction, dead_error, final_zero_count = others
     deadzone = tl.sum(deadzone, 1)
-    nothing = tl.zeros_like(energy)
-    some = top > 0
-    delta = tl.where(some, _log2(ratio, ASSEMBLY), 0.0)
+    # Relative to what they are where q = 0 wherever h = 0, as without saturation: then these are zero.
+    dead_product = deadzone - tl.sum(dead_product, 1) if SATURATE else broken
+    dead_first = tl.sum(dead_first, 1) - deadzone if SATURATE else broken
+    delta = tl.where(some, _log2(1.0 + ratio) + _octaves(scale, ideal_scale), 0.0)
     energies = _eight(
-        energy, tl.sum(product, 1), tl.sum(first, 1), tl.sum(ideal, 1), tl.sum(mixed, 1), deadzone, tl.sum(zeroed, 1), delta
+        tl.sum(energy, 1), tl.sum(product, 1), tl.sum(first, 1), tl.sum(ideal, 1), tl.sum(mixed, 1), deadzone,
+        tl.sum(zeroed, 1), delta,
     )  # fmt: skip
-    # Relative to what they are where nothing saturates and there is one pass: then these are zero.
-    cross_deadzone = tl.sum(dead_mixed, 1) - deadzone if SATURATE else nothing
-    dead_error = tl.sum(dead_error, 1) - deadzone if SATURATE or FALLBACK else nothing
-    others = _eight(
-        cross_deadzone, dead_error, tl.sum(clipped, 1), tl.sum(fallback, 1), tl.sum(error, 1), tl.sum(correction, 1),
-        nothing, nothing,
+    further = _eight(
+        tl.sum(clipped, 1), dead_product, dead_first, tl.sum(fallback, 1), tl.sum(error, 1), tl.sum(correction, 1),
+        tl.sum(dead_error, 1), broken,
     )  # fmt: skip
-    padding = (32 - valid).to(tl.float32)
-    counts = _eight(
-        _count(dead_count) - padding, _count(zero_count) - padding, tl.sum(nonzero, 1), broken.to(tl.float32),
-        tl.where(some, 1.0, 0.0), nothing, nothing, nothing,
-    )  # fmt: skip
-    return energies, others, counts, scale
+    counts = _four(_count(dead_count), _count(zero_count), _count(final_zero_count), some.to(tl.int32))
+    old_energies, old_further, old_counts = totals
+    if SCALED:
+        unit = unit.to(old_energies.dtype)
+        square, one = unit * unit, tl.full((B,), 1.0, old_energies.dtype)
+        squares = _eight(square, square, square, square, square, square, square, one)
+        energies = energies.to(old_energies.dtype) * squares
+        further = further.to(old_energies.dtype) * squares
+    return old_energies + energies, old_further + further, old_counts + counts
 
 
 @triton.jit
-def _pooled(total, energies, scale):
-    """total + energies * scale^2 in float64; the last of the eight has no scale."""
-    weight = scale.to(tl.float64)
-    weight *= weight
-    one = tl.full(scale.shape, 1.0, tl.float64)
-    return tl.fma(energies.to(tl.float64), _eight(weight, weight, weight, weight, weight, weight, weight, one), total)
+def _nothing(B: tl.constexpr, CAREFUL: tl.constexpr):
+    """Totals to add to, in float64 where squares of scales may leave float32's range."""
+    none = tl.zeros((B, 2, 2, 2), tl.float64 if CAREFUL else tl.float32)
+    return none, none, tl.zeros((B, 2, 2), tl.int32)
 
 
 @triton.jit
-def _over_blocks(energies, further, counts, FURTHER: tl.constexpr):
-    """Sums over the blocks of a program; `further` is zero where nothing was added to it."""
-    more = tl.sum(further, 0) if FURTHER else tl.zeros((2, 2, 2), tl.float64)
-    return tl.sum(energies, 0), more, tl.sum(counts, 0)
+def _over_blocks(totals, padding, FURTHER: tl.constexpr):
+    """Sums over the blocks of a program, whose padding was counted as zeros; zeros where nothing further was added."""
+    energies, further, counts = totals
+    further = tl.sum(further, 0).to(tl.float64) if FURTHER else tl.zeros((2, 2, 2), tl.float64)
+    return tl.sum(energies, 0).to(tl.float64), further, tl.sum(counts, 0) - _four(padding, padding, padding, padding * 0)
 
 
 @triton.jit
-def _column_blocks(x_ptr, columns, block, M, K, stride_m, stride_k):
-    """Block `block` of each of the columns, (C, 32), and its number of elements."""
-    C: tl.constexpr = columns.shape[0]
+def _column_blocks(x_ptr, columns, block, M, K, stride_m, stride_k, WHOLE: tl.constexpr):
+    """Block `block` of each of the columns, (C, 32)."""
     k = tl.arange(0, 32)
-    mask = (k < K - block * 32)[:, None] & (columns < M)[None, :]
-    start = x_ptr + block.to(tl.int64) * 32 * stride_k + columns[None, :].to(tl.int64) * stride_m
-    x = tl.trans(tl.load(start + k[:, None] * stride_k, mask=mask, other=0.0).to(tl.float32))
-    valid = tl.minimum(tl.maximum(K - block * 32, 0), 32)
-    return x, tl.where(columns < M, tl.full((C,), 1, tl.int32) * valid, 0)
+    first_ptr = x_ptr + block.to(tl.int64) * 32 * stride_k + columns[None, :].to(tl.int64) * stride_m
+    at = first_ptr + k.to(tl.int64)[:, None] * stride_k
+    x = tl.load(at) if WHOLE else tl.load(at, mask=(k < K - block * 32)[:, None] & (columns < M)[None, :], other=0.0)
+    return tl.trans(_magnitude(x))
 
 
 @triton.jit
 def _column_sums(
     x_ptr, M, K, stride_m, stride_k, steps, alpha,
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    CLIPS: tl.constexpr, SNAP: tl.constexpr, ASSEMBLY: tl.constexpr, C: tl.constexpr, CAREFUL: tl.constexpr,
+    CLIPS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = GROUP if GROUP > 0 else 1
     columns = tl.program_id(0) * C + tl.arange(0, C)
     columns = tl.max_contiguous(columns, C // 128)  # more a load, and a thread would not hold whole blocks
-    energies = tl.zeros((C, 2, 2, 2), tl.float64)
-    further = tl.zeros((C, 2, 2, 2), tl.float64)
-    counts = tl.zeros((C, 2, 2, 2), tl.float32)
+    first = tl.program_id(1) * steps
+    steps = tl.minimum(steps, tl.cdiv(K, BLOCKS * 32) - first)
+    totals = _nothing(C, CAREFUL)
     factor = tl.full((C,), 1.0, tl.float32)
     for step in range(steps):
-        block = (tl.program_id(1) * steps + step) * BLOCKS
+        block = (first + step) * BLOCKS
         if GROUP > 0:
             macro = tl.zeros((C,), tl.float32)
             for i in range(GROUP):
-                x, _valid = _column_blocks(x_ptr, columns, block + i, M, K, stride_m, stride_k)
-                amax = largest_magnitude(x, 1)
+                amax = _largest(_column_blocks(x_ptr, columns, block + i, M, K, stride_m, stride_k, WHOLE))
                 macro = tl.maximum(macro, tl.where(amax < float("inf"), amax, 0.0))
             factor = static_factor(macro, LARGEST)
         for i in range(BLOCKS):
-            x, valid = _column_blocks(x_ptr, columns, block + i, M, K, stride_m, stride_k)
-            a, b, c, scale = _block_sums(
-                x, largest_magnitude(x, 1), factor, valid, alpha, CARRY, SHIFT, GROUP, FALLBACK, CLIPS, SNAP, ASSEMBLY, CAREFUL
-            )  # fmt: skip
-            energies = _pooled(energies, a, scale)
-            if CLIPS or CAREFUL or FALLBACK:
-                further = _pooled(further, b, scale)
-            counts += c
-    return _over_blocks(energies, further, counts, CLIPS or CAREFUL or FALLBACK)
+            x = _column_blocks(x_ptr, columns, block + i, M, K, stride_m, stride_k, WHOLE)
+            valid = tl.where(columns < M, tl.minimum(tl.maximum(K - (block + i) * 32, 0), 32), 0)
+            totals = _add_blocks(x, _largest(x), factor, valid, alpha, totals, CARRY, SHIFT, GROUP, FALLBACK, CLIPS, CAREFUL)
+    inside = tl.minimum(M - tl.program_id(0) * C, C) * tl.minimum(K - first * (BLOCKS * 32), steps * (BLOCKS * 32))
+    return _over_blocks(totals, steps * (BLOCKS * 32 * C) - inside, CLIPS or FALLBACK or CAREFUL)
 
 
 @triton.jit
 def _row_sums(
     x_ptr, M, K, stride_m, stride_k, steps, alpha,
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    CLIPS: tl.constexpr, SNAP: tl.constexpr, ASSEMBLY: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, CAREFUL: tl.constexpr,
+    CLIPS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, WHOLE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = R * NB
     V: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
@@ -287,49 +420,48 @@ def _row_sums(
     column = tl.program_id(0) * (NB * 32) + (block % NB) * 32
     piece = tl.expand_dims(tl.expand_dims(tl.arange(0, 32 // V) * V, 1 - AXIS), 2)
     k = tl.expand_dims(column[:, None], AXIS) + piece + tl.arange(0, V)[None, None, :]
-    in_block = tl.minimum(tl.maximum(K - column, 0), 32)
-    energies = tl.zeros((B, 2, 2, 2), tl.float64)
-    further = tl.zeros((B, 2, 2, 2), tl.float64)
-    counts = tl.zeros((B, 2, 2, 2), tl.float32)
+    at = tl.expand_dims((block // NB).to(tl.int64)[:, None], AXIS) * stride_m + k.to(tl.int64) * stride_k
+    first = tl.program_id(1) * steps
+    steps = tl.minimum(steps, tl.cdiv(M, R) - first)
+    tile_stride = tl.full((), R, tl.int64) * stride_m
+    tile_ptr = x_ptr + first * tile_stride
+    totals = _nothing(B, CAREFUL)
     for step in range(steps):
-        row = (tl.program_id(1) * steps + step) * R + block // NB
-        mask = tl.expand_dims((row < M)[:, None], AXIS) & (k < K)
-        at = tl.expand_dims(row.to(tl.int64)[:, None], AXIS) * stride_m + k.to(tl.int64) * stride_k
-        x = tl.load(x_ptr + at, mask=mask, other=0.0)
-        x = tl.reshape(tl.permute(x, (1, 0, 2)) if AXIS == 0 else x, (B, 32)).to(tl.float32)
-        amax = largest_magnitude(x, 1)
-        factor = amax
+        row = (first + step) * R + block // NB
+        if WHOLE:
+            x = tl.load(tile_ptr + at)
+        else:
+            x = tl.load(tile_ptr + at, mask=tl.expand_dims((row < M)[:, None], AXIS) & (k < K), other=0.0)
+        tile_ptr += tile_stride
+        x = _magnitude(tl.reshape(tl.permute(x, (1, 0, 2)) if AXIS == 0 else x, (B, 32)))
+        amax = _largest(x)
+        factor = tl.full((B,), 1.0, tl.float32)
         if GROUP > 0:
             finite = tl.where(amax < float("inf"), amax, 0.0)
             macro = tl.max(tl.reshape(finite, (B // GROUP, GROUP)), axis=1)
             factor = static_factor(macro, LARGEST)
             factor = tl.reshape(tl.broadcast_to(factor[:, None], (B // GROUP, GROUP)), (B,))
-        valid = tl.where(row < M, in_block, 0)
-        a, b, c, scale = _block_sums(
-            x, amax, factor, valid, alpha, CARRY, SHIFT, GROUP, FALLBACK, CLIPS, SNAP, ASSEMBLY, CAREFUL
-        )  # fmt: skip
-        energies = _pooled(energies, a, scale)
-        if CLIPS or CAREFUL or FALLBACK:
-            further = _pooled(further, b, scale)
-        counts += c
-    return _over_blocks(energies, further, counts, CLIPS or CAREFUL or FALLBACK)
+        valid = tl.where(row < M, tl.minimum(tl.maximum(K - column, 0), 32), 0)
+        totals = _add_blocks(x, amax, factor, valid, alpha, totals, CARRY, SHIFT, GROUP, FALLBACK, CLIPS, CAREFUL)
+    inside = tl.minimum(M - first * R, steps * R) * tl.minimum(K - tl.program_id(0) * (NB * 32), NB * 32)
+    return _over_blocks(totals, steps * (B * 32) - inside, CLIPS or FALLBACK or CAREFUL)
 
 
 @triton.jit
 def _program_sums(
     x_ptr, M, K, stride_m, stride_k, steps, alpha,
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    CLIPS: tl.constexpr, SNAP: tl.constexpr, ASSEMBLY: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, CAREFUL: tl.constexpr,
+    CLIPS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, WHOLE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     if NB > 0:
         return _row_sums(
             x_ptr, M, K, stride_m, stride_k, steps, alpha,
-            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, SNAP, ASSEMBLY, R, NB, CAREFUL
+            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, R, NB, WHOLE, CAREFUL
         )  # fmt: skip
     else:
         return _column_sums(
             x_ptr, M, K, stride_m, stride_k, steps, alpha,
-            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, SNAP, ASSEMBLY, R, CAREFUL
+            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, R, WHOLE, CAREFUL
         )  # fmt: skip
 
 
@@ -337,23 +469,29 @@ def _program_sums(
 def _sums_kernel(
     x_ptr, out_ptr, M, K, stride_m, stride_k, steps, alpha,
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
-    CLIPS: tl.constexpr, SNAP: tl.constexpr, ASSEMBLY: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    CLIPS: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one program into a row of 24. NB blocks of R rows are a tile along rows, R columns (NB = 0) one along columns."""
+    """Sums of a program, a column of 20. NB blocks of R rows are a tile along rows, R columns (NB = 0) one along columns.
+
+    WHOLE tiles have no padding.
+    """
     energies, further, counts = _program_sums(
         x_ptr, M, K, stride_m, stride_k, steps, alpha,
-        CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, SNAP, ASSEMBLY, R, NB, False
+        CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, R, NB, WHOLE, False
     )  # fmt: skip
-    energy = tl.sum(tl.reshape(energies, (8,)), 0)
-    if not (tl.abs(energy) < float("inf")):
+    sums = tl.reshape(energies, (8,))
+    index = tl.arange(0, 8)
+    energy = tl.sum(tl.where(index == 0, sums, 0.0), 0)
+    if not ((energy > _LEAST_ENERGY) & (tl.abs(tl.sum(sums, 0)) < float("inf"))):
         energies, further, counts = _program_sums(
             x_ptr, M, K, stride_m, stride_k, steps, alpha,
-            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, SNAP, ASSEMBLY, R, NB, True
+            CARRY, SHIFT, GROUP, LARGEST, FALLBACK, CLIPS, R, NB, WHOLE, True
         )  # fmt: skip
-    out = out_ptr + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 24 + tl.arange(0, 8)
-    tl.store(out, tl.reshape(energies, (8,)))
-    tl.store(out + 8, tl.reshape(further, (8,)))
-    tl.store(out + 16, tl.reshape(counts, (8,)).to(tl.float64))
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out_ptr += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(out_ptr + index * programs, tl.reshape(energies, (8,)))
+    tl.store(out_ptr + (8 + index) * programs, tl.reshape(further, (8,)))
+    tl.store(out_ptr + (16 + tl.arange(0, 4)) * programs, tl.reshape(counts, (4,)).to(tl.float64))
 
 
 @launches
@@ -367,45 +505,48 @@ def error_stats(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> ErrorStats:
     Returns:
         Counts as the reference's (for float32 as the module says), energies within float32 rounding. The same bits every time.
     """
-    partial = [partial_sums(matrix, recipe) for matrix in matrices(x, axis, merges(x, axis))]
-    if not partial:
+    if not x.numel():
         return ErrorStats()
-    return _stats(torch.cat(partial).sum(0).tolist(), x.numel(), recipe)
+    views = [x if axis else x.t()] if x.ndim == 2 else matrices(x, axis, merges(x, axis))
+    parts = [partial_sums(matrix, recipe) for matrix in views]
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _stats(sums.sum(0).tolist(), x.numel(), recipe)
 
 
 def partial_sums(matrix: torch.Tensor, recipe: QuantRecipe) -> torch.Tensor:
-    """float64 (programs, 24) of a matrix whose blocks lie along the last axis."""
+    """float64 (programs, 20) of a matrix whose blocks lie along the last axis; a sum's parts are neighbours in memory."""
     how = constants(recipe)
     macro = max(1, how["GROUP"])
-    if matrix.stride(1) == 1 or matrix.stride(0) != 1:
-        K = matrix.shape[1]
+    M, K = matrix.shape
+    rows = matrix.stride(1) == 1 or matrix.stride(0) != 1
+    if rows:
         if matrix.is_contiguous() and K % (macro * BLOCK) == 0:  # blocks one after another: any width will do
             K = BLOCK * math.gcd(matrix.numel() // BLOCK, _BLOCKS)
             matrix = matrix.view(-1, K)
-        blocks = max(macro, min(triton.next_power_of_2(triton.cdiv(K, BLOCK)), _BLOCKS if K == _BLOCKS * BLOCK else 32))
-        tile = {"R": _BLOCKS // blocks, "NB": blocks}
-        tiles, others = triton.cdiv(matrix.shape[0], tile["R"]), triton.cdiv(K, blocks * BLOCK)
-    elif BLOCK * matrix.stride(1) >= 2**31:  # the kernel's offsets within a block are 32 bits wide
-        return partial_sums(matrix.contiguous(), recipe)
+            M = matrix.shape[0]
+        most = _BLOCKS if K == _BLOCKS * BLOCK else 32
+        blocks = max(macro, min(1 << (_over(K, BLOCK) - 1).bit_length(), most))
+        tile, tile_rows, tile_length = {"R": _BLOCKS // blocks, "NB": blocks}, _BLOCKS // blocks, blocks * BLOCK
+        tiles, others = _over(M, tile_rows), _over(K, tile_length)
     else:
-        tile = {"R": _COLUMNS, "NB": 0}
-        tiles, others = triton.cdiv(matrix.shape[1], macro * BLOCK), triton.cdiv(matrix.shape[0], _COLUMNS)
-    tile_elements = tile["R"] * (tile["NB"] or macro) * BLOCK
-    # As many steps a program as keep the device full, and its counts exact in float32.
-    steps = min(tiles, triton.cdiv(tiles * others, _PROGRAMS), 2**23 // tile_elements)
-    grid = (others, triton.cdiv(tiles, steps))
-    out = torch.empty(grid[0] * grid[1], 24, dtype=torch.float64, device=matrix.device)
+        tile, tile_rows, tile_length = {"R": _COLUMNS, "NB": 0}, _COLUMNS, macro * BLOCK
+        tiles, others = _over(K, tile_length), _over(M, tile_rows)
+    # What the loops get along with, and programs that run at once, of 128 threads each.
+    registers = (128 if how["FALLBACK"] else 64) if rows else (168 if how["FALLBACK"] else 128)
+    programs = _MULTIPROCESSORS * (65536 // (128 * registers))
+    steps = min(_STEPS, _over(tiles, max(1, programs // others)))
+    grid = (others, _over(tiles, steps))
+    out = torch.empty(_SUMS, grid[0] * grid[1], dtype=torch.float64, device=matrix.device)
     _sums_kernel[grid](
-        matrix, out, *matrix.shape, *matrix.stride(), steps, recipe.fallback_alpha or 0.0,
-        CLIPS=_clips(recipe), SNAP=matrix.dtype != torch.float32, ASSEMBLY=matrix.is_cuda,
-        num_warps=4, maxnreg=_registers(how, tile), **tile, **how,
+        matrix, out, M, K, *matrix.stride(), steps, recipe.fallback_alpha or 0.0, CLIPS=_clips(recipe),
+        WHOLE=M % tile_rows == K % tile_length == 0, num_warps=4, maxnreg=registers, **tile, **how,
     )  # fmt: skip
-    return out
+    return out.t()
 
 
-def _registers(how: dict, tile: dict) -> int | None:
-    """As few as the loop does without, so that four programs of one pass along rows share a multiprocessor."""
-    return 128 if tile["NB"] and not how["FALLBACK"] else None
+def _over(number: int, divisor: int) -> int:
+    """Rounded up; `triton.cdiv` takes the host ten times as long."""
+    return -(-number // divisor)
 
 
 def _clips(recipe: QuantRecipe) -> bool:
@@ -416,28 +557,29 @@ def _clips(recipe: QuantRecipe) -> bool:
 
 def _stats(sums: list[float], elements: int, recipe: QuantRecipe) -> ErrorStats:
     energy, product, first, ideal, mixed, deadzone, zeroed, delta = sums[:8]
-    cross_deadzone, more_dead_error, clipped, fallback, error, correction, *_ = sums[8:16]
-    dead, zero, final_nonzero, broken, blocks, *_ = sums[16:]
-    elements -= broken
-    second = recipe.fallback_alpha is not None
+    clipped, dead_product, dead_first, fallback, error, correction, dead_error, broken = sums[8:16]
+    dead, zero, final_zero, blocks = sums[16:]
+    alpha = recipe.fallback_alpha
+    if alpha is None:
+        alpha, error, dead_error, final_zero = 0.0, first, deadzone + dead_first, zero
     return ErrorStats(
         energy=energy,
         scale_bias=max(0.0, first - 2 * mixed + ideal),
         deadzone=deadzone,
         grid_noise=max(0.0, ideal - deadzone),
-        fallback=fallback,
-        cross=mixed - ideal - cross_deadzone,
-        cross_deadzone=cross_deadzone,
+        fallback=alpha**2 * fallback,
+        cross=mixed - ideal + dead_product,
+        cross_deadzone=-dead_product,
         zeroed=zeroed,
         clipped=clipped,
         first_error=first,
-        error=error if second else first,
-        dead_error=deadzone + more_dead_error,
-        product=product + correction,
-        dead_elements=dead,
-        zero_elements=zero,
-        final_zeros=elements - final_nonzero if second else zero,
-        elements=elements,
+        error=error,
+        dead_error=dead_error,
+        product=energy - product + alpha * correction,
+        dead_elements=dead - broken,  # which were counted as zeros
+        zero_elements=zero - broken,
+        final_zeros=final_zero - broken,
+        elements=elements - broken,
         broken=broken,
         delta=delta,
         blocks=blocks,

@@ -17,42 +17,59 @@ from mxfp4_rl.recipe import QuantRecipe
 
 CHUNK = 128  # elements of a row that four threads load at once
 MOST_ROWS = 64
-SMS, LATENCY = 132, 1200  # of the plan's model: multiprocessors, cycles until a load arrives
-_POOLS: dict[torch.device, list] = {}
+_POOLS: dict[torch.device, list[list]] = {}  # of arrival counters: the zeros and where the next are, for calls and for graphs
 _ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter has neither inline assembly nor products of bfloat16
+SMS = 132
+# The plan's model, in cycles, by ALONG_K: until a step's loads arrive; a warp's work on eight rows of W and one of X; what the
+# programs that are on the multiprocessors at once take besides; what sharing the contraction takes, fixed and per partial sum.
+LATENCY, WORK, TURN, SHARING = {True: 450, False: 1130}, {True: 9.0, False: 2.4}, 5000, (600, 8)
 
 
 class Plan(NamedTuple):
     """How a product is cut."""
 
     BN: int  # outputs of a program
-    W: int  # warps of a program; 4 or 8 if they share the rows
+    W: int  # warps of a program; 4, 8 or 16 if they share the rows
     ALONG_K: bool  # they share the contraction instead
     SPLIT: int  # programs that share the contraction
-    STAGES: int  # of the loads' pipeline; 1 keeps them in registers
+
+    def rows(self, M: int) -> int:
+        """What M is padded to."""
+        return max(8 if self.ALONG_K else 16, triton.next_power_of_2(M))
+
+    def sums(self, M: int) -> int:
+        """How many a thread holds."""
+        return self.rows(M) * self.BN // (32 if self.ALONG_K else 32 * self.W)
+
+    def warps(self, M: int) -> int:
+        """About how many find registers on a multiprocessor."""
+        if self.sums(M) <= 8:
+            return 32 if self.sums(M) <= 4 else 20 if self.ALONG_K else 24
+        return 16 if self.sums(M) <= (16 if self.ALONG_K else 32) else max(8, self.W)
+
+    def cycles(self, M: int, N: int, K: int) -> float:
+        """About how much longer than another plan's the product takes on an H100."""
+        resident = max(1, self.warps(M) // self.W)
+        steps = triton.cdiv(triton.cdiv(K, CHUNK * (self.W if self.ALONG_K else 1)), self.SPLIT)
+        work = WORK[self.ALONG_K] * self.rows(M) * self.BN / (8 if self.ALONG_K else 8 * self.W)
+        turns, left = divmod(triton.cdiv(N, self.BN) * self.SPLIT, SMS * resident)
+        at_once = [resident] * turns + [triton.cdiv(left, SMS)] * (left > 0)  # programs on a multiprocessor
+        time = sum(steps * (LATENCY[self.ALONG_K] + n * self.W / 4 * work) + TURN for n in at_once)
+        return time + (SHARING[0] + SHARING[1] * self.SPLIT * self.sums(M) if self.SPLIT > 1 else 0)
+
+
+TILES = [
+    *((BN, W, True) for BN, W in ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8))),
+    *((BN, W, False) for BN, W in ((64, 4), (128, 4), (128, 8), (256, 16))),
+]
 
 
 @functools.cache
 def plan(M: int, N: int, K: int) -> Plan:
-    """The plan that should be fastest on an H100.
-
-    The time of a step is its instructions, shared by the programs of a multiprocessor, or the latency of its loads; programs
-    that do not fit at once run in turns.
-    """
-    along_k = M <= 16
-    chunks = triton.cdiv(K, CHUNK)
-    best, least = None, float("inf")
-    for BN in (32, 64) if along_k else (64, 128):
-        resident = 128 // BN if M <= 32 else 2
-        cycles = BN * 16 if along_k else BN * 5  # of a warp, for its codes of one step
-        for split in (1, 2, 3, 4, 6, 8):
-            steps = triton.cdiv(chunks, split * (4 if along_k else 1))
-            programs = triton.cdiv(N, BN) * split
-            waves, together = triton.cdiv(programs, SMS * resident), min(resident, triton.cdiv(programs, SMS))
-            time = waves * (steps * max(together * cycles, LATENCY + cycles) + LATENCY) + (LATENCY if split > 1 else 0)
-            if time < least:
-                best, least = Plan(BN, 4, along_k, split, 1 if along_k else 3), time
-    return best
+    """The plan that should be fastest on an H100."""
+    tiles = [tile for tile in TILES if (M <= 32 if tile[2] else M > 8)]
+    plans = (Plan(*tile, split) for tile in tiles for split in (1, 2, 3, 4, 6, 8, 12, 16))
+    return min(plans, key=lambda how: how.cycles(M, N, K))
 
 
 @launches
@@ -73,12 +90,13 @@ def decode_product(
     pass of an outlier fallback is summed apart and added with its alpha.
 
     Call it once outside a CUDA graph before capturing, since kernels compile then. Partial sums come from the caching
-    allocator, so they belong to the stream or the graph; so do the arrival counters of a captured call. Those of other calls
-    are dealt in turn from a pool, a thousand calls long or more, and the kernel leaves them zero.
+    allocator, so they belong to the stream or the graph. Arrival counters, which the kernel leaves zero, are dealt in turn from
+    a pool, a thousand calls long or more; captured calls keep theirs for good (see `forget_graphs`), and when their pool is
+    empty, every replay clears counters of its own first.
 
     Args:
         x: bfloat16 (M, K), at most 64 rows, any strides; K % 8 == 0 and aligned rows spare a copy.
-        w: quantised along its last axis, in blocks of 32, of shape (N, K); K % 128 == 0 spares a copy of the scales.
+        w: quantised along its last axis, in blocks of 32, of shape (N, K).
         bias: (N,), any stride, or None.
         out_dtype: torch.bfloat16 or torch.float32.
         activation: quantise x along K with this recipe first (W4A4); None multiplies x as it is.
@@ -97,22 +115,23 @@ def decode_product(
         x = fake_quantize(x, activation)
     words = _x_words(x.detach())
     how = how or plan(M, N, K)
-    tiles, steps = triton.cdiv(N, how.BN), triton.cdiv(triton.cdiv(K, CHUNK), how.SPLIT * (how.W if how.ALONG_K else 1))
+    tiles = triton.cdiv(N, how.BN)
+    BM = how.rows(M)
     y = torch.empty(M, N, dtype=out_dtype, device=x.device)
     partial = arrived = None
     if how.SPLIT > 1:
-        partial = torch.empty(how.SPLIT, M, N, dtype=torch.float32, device=x.device)
-        arrived = _counters(x.device, tiles)
+        partial = torch.empty(how.SPLIT, tiles, BM, how.BN, dtype=torch.float32, device=x.device)
+        arrived = _counters(x.device, tiles, x.is_cuda and torch.cuda.is_current_stream_capturing())
     second = w.residual
-    scales = _scale_words(w.scales)
-    dot_kernel[(tiles, how.SPLIT)](
-        words, w.codes.contiguous(), scales,
-        second and second.codes.contiguous(), second and _scale_words(second.scales),
+    dot_kernel[(how.SPLIT, tiles)](
+        words, _code_words(w.codes), w.scales.contiguous(),
+        second and _code_words(second.codes), second and second.scales.contiguous(),
         None if w.macro is None else w.macro.contiguous(), bias, y, partial, arrived,
-        M, N, words.shape[1] * 2, w.scales.shape[1], scales.shape[1], words.stride(0), w.alpha, steps,
-        BM=max(8 if how.ALONG_K else 16, triton.next_power_of_2(M)), BN=how.BN, W=how.W, ALONG_K=how.ALONG_K, SPLIT=how.SPLIT,
-        MACRO=0 if w.macro is None else w.macro_size, RESIDUAL=second is not None, STAGES=how.STAGES, ASM=_ASM,
-        num_warps=how.W, num_stages=how.STAGES, enable_fp_fusion=True,
+        M, N, words.shape[1] * 2, w.scales.shape[1], words.stride(0) // 4, w.alpha,
+        BM=BM, BN=how.BN, W=how.W, ALONG_K=how.ALONG_K, SHARED=how.SPLIT > 1,
+        MACRO=0 if w.macro is None else w.macro_size, RESIDUAL=second is not None,
+        EVEN=K % (CHUNK * (how.W if how.ALONG_K else 1)) == 0, ASM=_ASM,
+        num_warps=how.W, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -139,30 +158,35 @@ def _check(x: torch.Tensor, w: MXFP4Tensor, bias: torch.Tensor | None, out_dtype
 def _x_words(x: torch.Tensor) -> torch.Tensor:
     """Pairs of columns as int32 words (M, ceil(K / 8) * 4), rows aligned to 16 bytes; the tail is zero."""
     M, K = x.shape
-    if K % 8 or x.stride(1) != 1 or x.stride(0) % 8 or x.storage_offset() % 8:
+    if K % 8 or x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) * M >= 1 << 31 or x.storage_offset() % 8:
         padded = x.new_zeros(M, -(-K // 8) * 8)
         padded[:, :K] = x
         x = padded
     return x.view(torch.int32)
 
 
-def _scale_words(scales: torch.Tensor) -> torch.Tensor:
-    """Four scales a word, int32 (N, ceil(blocks / 4))."""
-    scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)) if scales.shape[1] % 4 else scales.contiguous()
-    if scales.storage_offset() % 4:
-        scales = scales.clone()
-    return scales.view(torch.int32)
+def _code_words(codes: torch.Tensor) -> torch.Tensor:
+    """Eight codes a word, int32 (N, blocks * 4)."""
+    codes = codes.contiguous()
+    return (codes.clone() if codes.storage_offset() % 4 else codes).view(torch.int32)
 
 
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """`count` zeros, aligned to 16 bytes, which the kernel leaves zero: a graph's own, or the next of the device's pool."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if device not in _POOLS:
-        _POOLS[device] = [torch.zeros(1 << 20, dtype=torch.int32, device=device), 0]
+def forget_graphs() -> None:
+    """All CUDA graphs captured so far are gone: deal their arrival counters anew."""
+    for _calls, graphs in _POOLS.values():
+        graphs[1] = 0
+
+
+def _counters(device: torch.device, count: int, captured: bool) -> torch.Tensor:
+    """`count` zeros, aligned to 16 bytes, which the kernel leaves zero."""
+    if device not in _POOLS and not captured:
+        _POOLS[device] = [[torch.zeros(1 << 20, dtype=torch.int32, device=device), 0] for _ in range(2)]
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # other streams must not read it earlier
-    pool, start = _POOLS[device]
-    start = 0 if start + count > pool.numel() else start
-    _POOLS[device][1] = start + -(-count // 4) * 4  # a pointer of another alignment would compile another kernel
-    return pool[start : start + count]
+            torch.cuda.synchronize(device)  # other streams must not read them earlier
+    if captured and (device not in _POOLS or _POOLS[device][1][1] + count > 1 << 20):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    pool = _POOLS[device][captured]
+    zeros, start = pool
+    start = 0 if start + count > zeros.numel() else start
+    pool[1] = start + -(-count // 4) * 4  # a pointer of another alignment would compile another kernel
+    return zeros[start : start + count]

@@ -1,21 +1,24 @@
 """Y = X W_hat^T for few rows of X and packed MXFP4 weights: the product of decoding, bound by the bytes of W.
 
 The weight is the tensor core's first operand (y^T = W x^T), so M is padded to 8 only, and a thread decodes what it loaded: 16
-bytes, one block, one scale. The order of a contraction is free, so the codes stay where the load put them. With t the thread of
-four that share a row, q the word of its 16 bytes, w the byte of the word:
+bytes, one block, one scale. The order of a contraction is free, so the codes stay where the load put them, and X is read in
+their order. With t the thread of four that share a row, q the word of its 16 bytes, i + 2 j the byte of the word, p the half of
+the byte (low nibbles are even columns), the place (t, q, i, j, p) of a chunk of 128 columns is
 
-    position (q, t, w) of the contraction  <->  byte 16 t + 4 q + w of the 64 bytes (128 elements) of a row
+    column 32 t + 8 q + 2 (i + 2 j) + p,
 
-is the order of a matrix fragment for the thread that loaded them (wgmma wants pairs of bytes further apart), and X is read in
-that order. Low nibbles meet the even columns of X, high nibbles the odd ones. So W goes from memory to the tensor core without
-a table and without leaving its thread.
+and the axes are sorted into the order in which the tensor core's fragments lie in their threads. So W goes from memory to the
+tensor core without a table and without leaving its thread.
 
 A code's magnitude bits, put where a bfloat16 has its last exponent bits and first mantissa bit, are its E2M1 value * 2^-126,
-0.5 and 0 included (they are subnormal). Multiplied by 2^126, then by the scale: exact, for every scale.
+0.5 and 0 included (they are subnormal). A nibble at bit 0 of a half word, times 2^6 + 2^12 and masked, is there, its sign too.
+One multiplication, by the scale * 2^126, gives the value exactly. Scales above 2 have no such bfloat16; a program that met one
+starts again and multiplies twice.
 
 Warps share the contraction (ALONG_K: mma, X in registers too, for the smallest M) or the rows (wgmma, X^T in shared memory).
 Programs may share the contraction too; the last one to arrive adds their partial sums in a fixed order, so that results do not
-depend on the schedule.
+depend on the schedule. Neighbouring programs differ in their part of the contraction, so that those that meet on a
+multiprocessor, a multiple of 132 programs apart, mostly read the same X.
 """
 
 from __future__ import annotations
@@ -23,21 +26,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Four code bytes b0..b3 and their scales -> the low nibbles' values, then the high nibbles', as pairs of bfloat16. Adding -0.0
+from mxfp4_kernels.device import LAST_AXIS_FIRST
+
+# Four code bytes -> the values of (p, i) = (0, 0), (0, 1), (1, 0), (1, 1), each a pair of bfloat16 (j = 0, 1). Adding -0.0
 # changes no product, not even its sign where it is zero; `mul.bf16x2` would need capability 9.0.
-_DECODE = tl.constexpr(
-    """{
-    .reg .b32 w, a, s, z;
-    prmt.b32 w, $4, 0, 0x3120;
-    shl.b32 a, w, 6;  shl.b32 s, w, 12; and.b32 a, a, 0x01C001C0; lop3.b32 $0, s, 0x80008000, a, 0xEA;
-    shr.b32 a, w, 2;  shl.b32 s, w, 4;  and.b32 a, a, 0x01C001C0; lop3.b32 $1, s, 0x80008000, a, 0xEA;
-    shl.b32 a, w, 2;  shl.b32 s, w, 8;  and.b32 a, a, 0x01C001C0; lop3.b32 $2, s, 0x80008000, a, 0xEA;
-    shr.b32 a, w, 6;                    and.b32 a, a, 0x01C001C0; lop3.b32 $3, w, 0x80008000, a, 0xEA;
-    mov.b32 a, 0x7E807E80; mov.b32 z, 0x80008000;
-    fma.rn.bf16x2 $0, $0, a, z;  fma.rn.bf16x2 $1, $1, a, z;  fma.rn.bf16x2 $2, $2, a, z;  fma.rn.bf16x2 $3, $3, a, z;
-    fma.rn.bf16x2 $0, $0, $5, z; fma.rn.bf16x2 $1, $1, $6, z; fma.rn.bf16x2 $2, $2, $5, z; fma.rn.bf16x2 $3, $3, $6, z;
-    }"""
-)
+_BITS = """{
+    .reg .b32 u, first, z;
+    shr.u32 u, $4, 6;
+    and.b32 $0, $4, 0x000F000F; mul.lo.u32 $0, $0, 0x1040; and.b32 $0, $0, 0x81C081C0;
+    and.b32 $1, u,  0x003C003C; mul.lo.u32 $1, $1, 0x0410; and.b32 $1, $1, 0x81C081C0;
+    and.b32 $2, $4, 0x00F000F0; mul.lo.u32 $2, $2, 0x0104; and.b32 $2, $2, 0x81C081C0;
+    and.b32 $3, u,  0x01C001C0; lop3.b32 $3, $4, 0x80008000, $3, 0xEA;
+    mov.b32 z, 0x80008000;
+"""
+_TIMES = " ".join(f"fma.rn.bf16x2 ${n}, ${n}, FACTOR, z;" for n in range(4))
+_NARROW = tl.constexpr(_BITS + _TIMES.replace("FACTOR", "$5") + "}")
+_TWICE = "mov.b32 first, 0x7E807E80;" + _TIMES.replace("FACTOR", "first")  # 2^126
+_WIDE = tl.constexpr(_BITS + _TWICE + _TIMES.replace("FACTOR", "$5") + "}")
 
 
 @triton.jit
@@ -47,152 +52,249 @@ def _scale_bits(byte):
 
 
 @triton.jit
-def _nibble_value(code):
-    """4-bit codes, int32 -> float32."""
-    return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+def _nibble(words, n: tl.constexpr, scale):
+    """The value of nibble n of each word, float32."""
+    code = words >> (4 * n)
+    return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale  # 2^126
 
 
 @triton.jit
-def _values(codes, bits, factor, MACRO: tl.constexpr, ASM: tl.constexpr):
-    """Codes, uint8 (..., 16), and per block the scale's bits and the macro factor -> even and odd values (..., 16)."""
-    if ASM and not MACRO:
-        scale = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        pair, scale = tl.broadcast(codes, tl.expand_dims(scale, 4))
-        even, odd = tl.inline_asm_elementwise(
-            _DECODE, "=&r,=&r,=&r,=&r,r,r,r", [pair, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
+def _pairs(words):
+    """Words of two 16-bit numbers -> these numbers, along a new last axis."""
+    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _values(words, scale, factor, MACRO: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """Words of codes (t, g, W, R, q), and per block the scale byte and the macro factor -> values (t, g, W, R, q, i, p, j)."""
+    if ASM and MACRO == 0:
+        pair = _scale_bits(scale) * 0x00010001 if WIDE else scale * 0x00800080 + 0x3F003F00
+        words, pair = tl.broadcast(words, tl.expand_dims(pair, 4))
+        e0, e1, o0, o1 = tl.inline_asm_elementwise(
+            _WIDE if WIDE else _NARROW, "=&r,=&r,=&r,=&r,r,r", [words, pair],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return _pairs(tl.join(tl.join(e0, e1), tl.join(o0, o1)))
     else:
-        scale = (bits << 16).to(tl.float32, bitcast=True)
-        if MACRO:
+        scale = (_scale_bits(scale) << 16).to(tl.float32, bitcast=True)
+        if MACRO > 0:
             scale = tl.div_rn(scale, factor)
-        scale = tl.expand_dims(scale, 4)
-        even, odd = _nibble_value(codes.to(tl.int32) & 15) * scale, _nibble_value(codes.to(tl.int32) >> 4) * scale
-        if ASM:
-            even, odd = even.to(tl.bfloat16), odd.to(tl.bfloat16)
-    return even, odd
+        words, scale = tl.broadcast(words, tl.expand_dims(scale, 4))
+        low = tl.join(
+            tl.join(_nibble(words, 0, scale), _nibble(words, 2, scale)),
+            tl.join(_nibble(words, 1, scale), _nibble(words, 3, scale)),
+        )
+        high = tl.join(
+            tl.join(_nibble(words, 4, scale), _nibble(words, 6, scale)),
+            tl.join(_nibble(words, 5, scale), _nibble(words, 7, scale)),
+        )
+        values = tl.join(low, high)
+        return values.to(tl.bfloat16) if ASM else values
 
 
 @triton.jit
 def _fragments(v, ALONG_K: tl.constexpr):
-    """(t 4, g 8, W, R, 16) -> the dot's first operand, (W, 8 R, 64) or (8 W R, 64)."""
+    """Values (t 4, g 8, W, R, q 4, i 2, p 2, j 2) -> the dot's first operand, (W, 8 R, 128) or (8 W R, 128)."""
     W: tl.constexpr = v.shape[2]
     R: tl.constexpr = v.shape[3]
     if ALONG_K:
-        v = tl.permute(tl.reshape(v, (4, 8, W, R, 4, 4)), (2, 3, 1, 4, 0, 5))
-        return tl.reshape(v, (W, R * 8, 64))
+        v = tl.permute(tl.reshape(v, (4, 8, W, R, 2, 2, 2, 2, 2)), (2, 3, 1, 7, 4, 0, 5, 6, 8))
+        return tl.reshape(v, (W, R * 8, 128))
     else:
-        v = tl.permute(tl.reshape(v, (4, 8, W, R // 2, 2, 4, 2, 2)), (3, 2, 4, 1, 5, 6, 0, 7))
-        return tl.reshape(v, (W * R * 8, 64))
+        v = tl.permute(tl.reshape(v, (4, 8, W, R // 2, 2, 4, 2, 2, 2)), (3, 2, 4, 1, 7, 5, 6, 0, 8))
+        return tl.reshape(v, (W * R * 8, 128))
 
 
 @triton.jit
-def _x_fragments(x_ptr, chunk, M, K, stride_x, BM: tl.constexpr, ALONG_K: tl.constexpr, ASM: tl.constexpr):
-    """Even and odd columns of X in the order of the fragments, (W, 64, BM) or (64, BM); chunk (1, 1, W or 1, 1)."""
-    W: tl.constexpr = chunk.shape[2]
-    m = tl.arange(0, 8)[None, :, None, None] + 8 * tl.arange(0, BM // 8)[None, None, None, :]
-    column = chunk * 128 + tl.arange(0, 4)[:, None, None, None] * 32 + 0 * m
-    at = (x_ptr + m.to(tl.int64) * stride_x + column // 2)[:, :, :, :, None] + tl.arange(0, 4)[None, None, None, None, :]
-    there, column = (m < M)[:, :, :, :, None], column[:, :, :, :, None] + tl.zeros((1, 1, 1, 1, 4), tl.int32)
-    w0 = tl.load(at, mask=there & (column < K), other=0)
-    w1 = tl.load(at + 4, mask=there & (column + 8 < K), other=0)
-    w2 = tl.load(at + 8, mask=there & (column + 16 < K), other=0)
-    w3 = tl.load(at + 12, mask=there & (column + 24 < K), other=0)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (t, m % 8, W, m // 8, w, q // 2, q % 2)
-    if ALONG_K:
-        words = tl.reshape(tl.permute(words, (2, 5, 6, 0, 4, 3, 1)), (W, 64, BM))
-    else:
-        words = tl.permute(tl.reshape(words, (4, 8, BM // 8, 2, 2, 2, 2)), (5, 6, 3, 0, 4, 2, 1))
-        words = tl.reshape(words, (64, BM))
+def _x_fragments(words, ALONG_K: tl.constexpr, ASM: tl.constexpr):
+    """Words of X (t, m % 8, W, (m / 8, q), 4) or (t, m % 8, q, m / 8, 4) -> the second operand, (W, 128, BM) or (128, BM)."""
+    W: tl.constexpr = words.shape[2]
+    H: tl.constexpr = words.shape[3]
     if ASM:
-        even, odd = words.to(tl.int16), (words >> 16).to(tl.int16)
-        return even.to(tl.bfloat16, bitcast=True), odd.to(tl.bfloat16, bitcast=True)
+        x = _pairs(words)
     else:
-        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        x = tl.join((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
+    if ALONG_K:
+        x = tl.permute(tl.reshape(x, (4, 8, W, H // 4, 2, 2, 2, 2, 2)), (2, 8, 4, 0, 5, 7, 6, 3, 1))
+        return tl.reshape(x, (W, 128, H * 2))
+    else:
+        x = tl.permute(tl.reshape(x, (4, 8, 4, H, 2, 2, 2)), (6, 2, 5, 0, 4, 3, 1))
+        return tl.reshape(x, (128, H * 8))
 
 
 @triton.jit
-def _add_pass(
-    acc, xe, xo, codes_ptr, scales_ptr, macro_ptr, row, chunk, K, NB, NW,
-    MACRO: tl.constexpr, ALONG_K: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """acc + one pass's values times X; row (1, 8, W, R), chunk (1, 1, W, 1)."""
-    t = tl.arange(0, 4)[:, None, None, None]
-    block = chunk * 4 + t + 0 * row
-    row = row.to(tl.int64) + 0 * block
-    there = block < NB
-    at = (codes_ptr + row * (NB * 16) + block * 16)[:, :, :, :, None] + tl.arange(0, 16)[None, None, None, None, :]
-    codes = tl.load(at, mask=tl.broadcast_to(there[:, :, :, :, None], at.shape), other=0)
-    # Four threads read one word of four scales and take theirs.
-    word = tl.load(scales_ptr + row * NW + block // 4, mask=there, other=0)
+def _sorted(v):
+    """(t, g, W, R, ...) <-> the order of axes in which a load gives neighbours along t and g to neighbouring threads."""
+    if LAST_AXIS_FIRST:
+        v = tl.permute(v, (3, 2, 1, 0, 4) if len(v.shape) == 5 else (3, 2, 1, 0))
+    return v
+
+
+@triton.jit
+def _load_words(at, there, EVEN: tl.constexpr):
+    """The 16 bytes at each address, sorted, as four words (t, g, W, R, 4); zeros where they are not there."""
+    at = at[:, :, :, :, None] + tl.arange(0, 4)[None, None, None, None, :]
+    words = tl.load(at) if EVEN else tl.load(at, mask=tl.broadcast_to(there[:, :, :, :, None], at.shape), other=0)
+    return _sorted(words)
+
+
+@triton.jit
+def _load_pass(codes_ptr, scales_ptr, macro_ptr, at, row, block, K, NB, MACRO: tl.constexpr, EVEN: tl.constexpr):
+    """A step's codes, as words, scale bytes and macro factors; `at`, row and block, those of the blocks, are sorted."""
+    words = _load_words(codes_ptr + at * 4, block < NB, EVEN)
+    scale = _sorted(tl.load(scales_ptr + at) if EVEN else tl.load(scales_ptr + at, mask=block < NB, other=0)).to(tl.int32)
     factor = 1.0
     if MACRO > 0:
-        factor = tl.load(macro_ptr + row * tl.cdiv(K, MACRO) + block // (MACRO // 32), mask=there, other=1.0)
-    even, odd = _values(codes, _scale_bits((word >> (t * 8)) & 255), factor, MACRO > 0, ASM)
-    acc = tl.dot(_fragments(even, ALONG_K), xe, acc, input_precision="ieee")
-    return tl.dot(_fragments(odd, ALONG_K), xo, acc, input_precision="ieee")
+        at = macro_ptr + row.to(tl.int64) * tl.cdiv(K, MACRO) + block // (MACRO // 32)
+        factor = _sorted(tl.load(at, mask=block < NB, other=1.0))
+    return words, scale, factor
 
 
 @triton.jit
-def dot_kernel(
-    x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
-    M, N, K, NB, NW, stride_x, alpha, steps,
-    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr, SPLIT: tl.constexpr,
-    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+def _sums(
+    x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, zero,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr,
+    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    """This program's part of y^T, (W, BN, BM) or (BN, BM), and the largest scale byte of its part of W."""
     R: tl.constexpr = BN // 8 if ALONG_K else BN // (8 * W)
+    CHUNKS: tl.constexpr = W if ALONG_K else 1  # of a step
     WHOLE: tl.constexpr = MACRO > 0 and MACRO % 128 == 0  # a chunk has one factor, which its sum can take
     INNER: tl.constexpr = 0 if WHOLE else MACRO
+    t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     r = tl.arange(0, R)[None, None, None, :]
+    steps = tl.cdiv(NB, 4 * CHUNKS)
+    first = steps * tl.program_id(0) // tl.num_programs(0)
+    last = steps * (tl.program_id(0) + 1) // tl.num_programs(0)
+    chunk = first * CHUNKS + (w if ALONG_K else 0)
+
+    n0 = tl.program_id(1) * BN
     row = g + 8 * r + 0 * w if ALONG_K else g + 8 * (r % 2) + 16 * (w + W * (r // 2))
-    row = tl.minimum(tl.program_id(0) * BN + row, N - 1)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(row + zero, N - 1 - n0)
+    block = _sorted(chunk * 4 + t + 0 * row)
+    row = _sorted(row + 0 * t)
+    at = tl.max_contiguous(row * NB + block, (1, 1, 1, 1))  # a thread loads its own scale, not four to hand on
+    start = n0.to(tl.int64) * NB  # `at` counts from here and has 32 bits
+    codes_ptr, scales_ptr = codes_ptr + start * 4, scales_ptr + start
+    if RESIDUAL:
+        codes2_ptr, scales2_ptr = codes2_ptr + start * 4, scales2_ptr + start
+    if INNER:
+        macro_ptr += n0.to(tl.int64) * tl.cdiv(K, INNER)
+
+    h = tl.arange(0, BM // 2 if ALONG_K else BM // 8)[None, None, None, :]
+    q = h % 4 if ALONG_K else tl.arange(0, 4)[None, None, :, None]
+    m = tl.minimum(g + 8 * (h // 4 if ALONG_K else h) + zero, M - 1)
+    column = chunk * 128 + t * 32 + q * 8 + 0 * m
+    x_at = _sorted((m.to(tl.int64) if ALONG_K else m) * stride_x * 4 + column // 2)
+    if ALONG_K:  # one address a thread; with shared rows it has several, which take less room as offsets
+        x_at = x_ptr + x_at
+    column = _sorted(column)
+
     acc = tl.zeros((W, BN, BM) if ALONG_K else (BN, BM), tl.float32)
     rest = tl.zeros_like(acc)
-    for i in tl.range(0, steps, num_stages=STAGES):
-        step = tl.program_id(1) * steps + i
-        chunk = step * W + w if ALONG_K else step + 0 * w
-        own = step * W + tl.arange(0, W) if ALONG_K else step + tl.arange(0, 1)
-        xe, xo = _x_fragments(x_ptr, own[None, None, :, None], M, K, stride_x, BM, ALONG_K, ASM)
-        part = tl.zeros_like(acc) if WHOLE else acc
-        part = _add_pass(part, xe, xo, codes_ptr, scales_ptr, macro_ptr, row, chunk, K, NB, NW, INNER, ALONG_K, ASM)
+    largest = tl.zeros((4, 8, W, R), tl.int32)
+    for step in tl.range(first, last, num_stages=1):
+        words, scale, factor = _load_pass(codes_ptr, scales_ptr, macro_ptr, at, row, block, K, NB, INNER, EVEN)
+        x = _x_fragments(_load_words(x_at if ALONG_K else x_ptr + x_at, column < K, EVEN), ALONG_K, ASM)
+        values = _fragments(_values(words, scale, factor, INNER, WIDE, ASM), ALONG_K)
+        largest = tl.maximum(largest, scale)
+        part = tl.dot(values, x, tl.zeros_like(acc) if WHOLE else acc, input_precision="ieee")
         if RESIDUAL:
-            rest = tl.zeros_like(acc) if WHOLE else rest
-            rest = _add_pass(rest, xe, xo, codes2_ptr, scales2_ptr, macro_ptr, row, chunk, K, NB, NW, INNER, ALONG_K, ASM)
+            words, scale, factor = _load_pass(codes2_ptr, scales2_ptr, macro_ptr, at, row, block, K, NB, INNER, EVEN)
+            values = _fragments(_values(words, scale, factor, INNER, WIDE, ASM), ALONG_K)
+            largest = tl.maximum(largest, scale)
+            rest = tl.dot(values, x, tl.zeros_like(acc) if WHOLE else rest, input_precision="ieee")
         if WHOLE:
             if RESIDUAL:
                 part += alpha * rest
-            place = tl.minimum(own, tl.cdiv(K, 128) - 1) // (MACRO // 128)
-            at = macro_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * tl.cdiv(K, MACRO) + place[:, None]
-            factor = tl.load(at) if ALONG_K else tl.reshape(tl.load(at), (BN,))
-            acc += part / tl.expand_dims(factor, -1)
+            n = tl.minimum(n0 + tl.arange(0, BN), N - 1).to(tl.int64)
+            place = tl.minimum(step * CHUNKS + tl.arange(0, CHUNKS), tl.cdiv(K, 128) - 1) // (MACRO // 128)
+            factor = tl.load(macro_ptr + n[None, :] * tl.cdiv(K, MACRO) + place[:, None])
+            acc += part / tl.expand_dims(factor if ALONG_K else tl.reshape(factor, (BN,)), -1)
         else:
             acc = part
+        at += 4 * CHUNKS
+        block += 4 * CHUNKS
+        column += 128 * CHUNKS
+        if ALONG_K:
+            x_at += 64 * CHUNKS
+        else:
+            x_ptr += 64
     if RESIDUAL and not WHOLE:
         acc += alpha * rest
-    y = tl.trans(tl.sum(acc, axis=0) if ALONG_K else acc)
-    _finish(y, n, bias_ptr, y_ptr, partial_ptr, arrived_ptr, M, N, BM, SPLIT)
+    return acc, tl.max(largest)
 
 
 @triton.jit
-def _finish(y, n, bias_ptr, y_ptr, partial_ptr, arrived_ptr, M, N, BM: tl.constexpr, SPLIT: tl.constexpr):
-    """Store y (BM, BN), or with others' partial sums if this program is the last of SPLIT to arrive."""
-    m = tl.arange(0, BM)[:, None]
-    mask = (m < M) & (n < N)[None, :]
-    at = m.to(tl.int64) * N + n[None, :]
-    last = True
-    if SPLIT > 1:
-        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M * N + at, y, mask=mask)
+def _over_warps(acc):
+    """(W, BN, BM) -> the sum over W: by halves, with one exchange through shared memory. (`tl.sum` has bank conflicts.)"""
+    W: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    BM: tl.constexpr = acc.shape[2]
+    acc = tl.permute(acc, (1, 2, 0))
+    for _ in tl.static_range((W > 1) + (W > 2) + (W > 4) + (W > 8)):
+        a, b = tl.split(tl.reshape(acc, (BN, BM, acc.shape[2] // 2, 2)))
+        acc = a + b
+    return tl.reshape(acc, (BN, BM))
+
+
+@triton.jit(do_not_specialize=["M", "NB", "stride_x"])  # what follows for alignment, the kernel says itself
+def dot_kernel(
+    x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
+    M, N, K, NB, stride_x, alpha,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr, SHARED: tl.constexpr,
+    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    acc, largest = _sums(
+        x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, 0,
+        BM, BN, W, ALONG_K, MACRO, RESIDUAL, EVEN, False, ASM,
+    )  # fmt: skip
+    if ASM and (MACRO == 0 or MACRO % 128 == 0):
+        again = largest > 128  # the scale byte of 2
+        if again:  # a zero that the compiler does not know makes it compute the addresses anew, not keep them in registers
+            acc, largest = _sums(
+                x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, largest >> 8,
+                BM, BN, W, ALONG_K, MACRO, RESIDUAL, EVEN, True, ASM,
+            )  # fmt: skip
+    y = tl.trans(_over_warps(acc) if ALONG_K else acc)
+    _finish(y, bias_ptr, y_ptr, partial_ptr, arrived_ptr, M, N, W, SHARED)
+
+
+@triton.jit
+def _finish(y, bias_ptr, y_ptr, partial_ptr, arrived_ptr, M, N, W: tl.constexpr, SHARED: tl.constexpr):
+    """Store y (BM, BN), or with others' partial sums if this program is the last of those that share it to arrive."""
+    BM: tl.constexpr = y.shape[0]
+    BN: tl.constexpr = y.shape[1]
+    m, n = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    if SHARED:
+        tile, splits = tl.program_id(1), tl.num_programs(0)
+        size = tl.num_programs(1).to(tl.int64) * (BM * BN)  # of the partial sums of one part of the contraction
+        partial_ptr += tile.to(tl.int64) * (BM * BN)
+        tl.store(partial_ptr + tl.program_id(0) * size + (m * BN + n), y, mask=m < M)
         tl.debug_barrier()  # all threads' sums are stored before the one that counts says so
-        last = tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        if SPLIT > 1:
-            tl.debug_barrier()
-            y = tl.zeros_like(y)
-            for s in tl.static_range(SPLIT):
-                y += tl.load(partial_ptr + tl.full((), s, tl.int64) * M * N + at, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(arrived_ptr + tl.program_id(0), 0)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrived_ptr + tile, 0)
+            ROWS: tl.constexpr = min(BM, max(1, 512 * W // BN))  # 16 numbers a thread
+            for m0 in range(0, M, ROWS):
+                row = m0 + tl.arange(0, ROWS)[:, None]
+                there = (row < M) & (n < BN)
+                total = tl.zeros((ROWS, BN), tl.float32)
+                for first in range(0, splits, 4):  # four loads are under way at once
+                    for k in tl.static_range(4):
+                        at = partial_ptr + (first + k) * size + (row * BN + n)
+                        total += tl.load(at, mask=there & (first + k + 0 * n < splits), other=0.0, cache_modifier=".cg")
+                _store(total, row, bias_ptr, y_ptr, M, N)
+    else:
+        _store(y, m, bias_ptr, y_ptr, M, N)
+
+
+@triton.jit
+def _store(y, m, bias_ptr, y_ptr, M, N):
+    """Rows m of this program's columns of Y."""
+    BN: tl.constexpr = y.shape[1]
+    n = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))

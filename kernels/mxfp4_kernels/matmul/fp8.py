@@ -56,7 +56,8 @@ def product(
     Args:
         backend: "row-wise" | "cublas" (a scale every 128) | "triton" | "reference" (float32 product of the dequantised
             containers) | None: the fastest that can; the reference on a CPU. Repairs are the same kernel in all of them.
-            "row-wise" and "cublas" only have bfloat16 outputs on a GPU; the latter's are rounded before a bias is added.
+            "row-wise" and "cublas" only have bfloat16 outputs on a GPU, rounded before a bias is added, unless the product is
+            row-wise and the bias bfloat16.
         fast: let a row-wise product leave its sums to the tensor core's own accumulator, of 14 bits or so; others ignore it.
 
     Raises:
@@ -126,14 +127,13 @@ def row_wise(a, b, out_dtype: torch.dtype, bias: torch.Tensor | None = None, fas
     if not a.payload.is_cuda:
         return _reference(a, b, out_dtype, bias)
     _check_bfloat16(out_dtype)
-    # The product's own bias has to be bfloat16.
-    own = bias is not None and bias.dtype == torch.bfloat16 and bias.shape[0] == N
+    own = bias is not None and bias.dtype == torch.bfloat16  # the product's own bias has to be
     y = torch._scaled_mm(
         a.payload,
         b.payload.t(),
         scale_a=a.scale.t(),
         scale_b=b.scale,
-        bias=bias if own else None,
+        bias=torch.nn.functional.pad(bias, (0, N - bias.shape[0])) if own else None,
         out_dtype=out_dtype,
         use_fast_accum=fast,
     )

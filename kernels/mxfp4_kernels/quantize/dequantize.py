@@ -1,8 +1,8 @@
 """Dequantise: packed codes and scales to the operand they stand for, `MXFP4Tensor.dequantize` to the bit.
 
 A code's three magnitude bits, moved to bits 22 ... 24 of a float32, are E2M1 times 2^-126, its subnormal 0.5 included; so a
-value is two exact multiplications. A thread decodes whole words of codes; where the blocks lie along columns the tile is turned
-on its way out.
+value is two exact multiplications. A thread decodes what it can write at once: a word of eight codes, or a word of each of
+eight neighbouring columns, where blocks lie along columns.
 """
 
 from __future__ import annotations
@@ -11,51 +11,74 @@ import torch
 import triton
 import triton.language as tl
 
-from mxfp4_kernels.device import BLOCK, launches, over_factor, tile_of, to_type
-from mxfp4_kernels.views import matrices, merges
+from mxfp4_kernels.device import BLOCK, LAST_AXIS_FIRST, launches, over_factor, tile_of, tiny, to_type
+from mxfp4_kernels.views import matrices, merges, one_row
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
 
 @triton.jit
-def _block_values(codes_ptr, scales_ptr, rows, across, M, NB, R: tl.constexpr, BK: tl.constexpr):
-    """Codes times scales of blocks, float32 (R, BK / 32, 32)."""
-    pairs = across * (BK // 2) + tl.arange(0, BK // 2)
-    mask = (rows < M)[:, None] & (pairs < NB * 16)[None, :]
-    offset = rows[:, None].to(tl.int64)
-    byte = tl.load(codes_ptr + offset * (NB * 16) + pairs[None, :], mask=mask, other=0).to(tl.int32)
-    low = ((byte & 7) << 22) | ((byte & 8) << 28)
-    high = ((byte & 0x70) << 18) | ((byte & 0x80) << 24)
-    bits = tl.reshape(tl.join(low, high), (R, BK // 32, 32))
-    blocks = across * (BK // 32) + tl.arange(0, BK // 32)
-    mask = (rows < M)[:, None] & (blocks < NB)[None, :]
-    scale = tl.load(scales_ptr + offset * NB + blocks[None, :], mask=mask, other=127).to(tl.int32)
-    scale = tl.where(scale == 0, 0x00400000, tl.where(scale == 255, 0x7FC00000, scale << 23)).to(tl.float32, bitcast=True)
-    return bits.to(tl.float32, bitcast=True) * 2.0**126 * scale[:, :, None]
+def _places(R: tl.constexpr, NB: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows, words of codes, and elements of these words in a tile, in the order of axes that makes Triton spread it so.
+
+    It would give a thread neighbouring words, which are faster to load, if `max_contiguous` did not hide that they are.
+    """
+    eight = tl.arange(0, 8)
+    if COLUMNS:
+        near = tl.arange(0, R // 8)
+        if LAST_AXIS_FIRST:
+            near, nibble = near[None, None, :, None], eight[:, None, None, None]
+        else:
+            near, nibble = near[:, None, None, None], eight[None, None, :, None]
+        word = tl.max_contiguous(tl.arange(0, NB * 4), 1)[None, :, None, None]
+        return near * 8 + eight[None, None, None, :], word, nibble
+    else:
+        word = tl.max_contiguous(tl.arange(0, R * NB * 4), 1)[None, :, None]
+        return word // (NB * 4), word % (NB * 4), eight[None, None, :]
+
+
+@triton.jit
+def _load_pass(codes_ptr, scales_ptr, word, block, nibble, mask):
+    """E2M1 values, their scales, and words that are not 0 where a value is not."""
+    codes = tl.load(codes_ptr + word, mask=mask, other=0)
+    values = ((codes << (28 - 4 * nibble)) >> 6) & -0x7E400000
+    byte = tl.load(scales_ptr + block, mask=mask, other=127).to(tl.int32)
+    scale = ((byte << 23) | tl.where((byte == 0) | (byte == 255), 0x00400000, 0)).to(tl.float32, bitcast=True)
+    return values.to(tl.float32, bitcast=True) * 2.0**126, scale, codes & 0x77777777
 
 
 @triton.jit
 def _dequantize_kernel(
     codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, out_ptr, M, K, out_m, out_k, alpha, pre_scale,
-    FALLBACK: tl.constexpr, GROUP: tl.constexpr, PRE_SCALED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    FALLBACK: tl.constexpr, GROUP: tl.constexpr, PRE_SCALED: tl.constexpr,
+    R: tl.constexpr, NB: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    down, across = tile_of(M, R)
-    rows = down * R + tl.arange(0, R)
-    NB = tl.cdiv(K, 32)
-    x = _block_values(codes_ptr, scales_ptr, rows, across, M, NB, R, BK)
+    """Codes come as words. EVEN: K is a multiple of 32."""
+    m0, k0, height, width = tile_of(M, K, R, NB * 32)
+    row, word, nibble = _places(R, NB, COLUMNS)
+    mask = (row < height) & (word * 8 < width)
+    blocks = tl.cdiv(K, 32)
+    start = m0 * blocks + k0 // 32
+    word_at, block_at = row * (blocks * 4) + word, row * blocks + word // 4
+    values, scale, some = _load_pass(codes_ptr + start * 4, scales_ptr + start, word_at, block_at, nibble, mask)
+    x = values * scale
+    is_tiny = tiny(some, scale)
     if FALLBACK:
-        x += _block_values(codes2_ptr, scales2_ptr, rows, across, M, NB, R, BK) * alpha
+        values, scale, some = _load_pass(codes2_ptr + start * 4, scales2_ptr + start, word_at, block_at, nibble, mask)
+        x += values * scale * alpha
+        is_tiny |= tiny(some, scale * alpha)
     if GROUP > 0:
-        NM = tl.cdiv(NB, GROUP)
-        macros = (across * (BK // 32) + tl.arange(0, BK // 32)) // GROUP
-        mask = (rows < M)[:, None] & (macros < NM)[None, :]
-        factor = tl.load(macro_ptr + rows[:, None].to(tl.int64) * NM + macros[None, :], mask=mask, other=1.0) * pre_scale
-        x = over_factor(x, factor)
+        macros = tl.cdiv(blocks, GROUP)
+        if NB % GROUP == 0:
+            at = m0 * macros + k0 // (32 * GROUP) + (row * macros + word // (4 * GROUP))
+        else:
+            at = (m0 + row) * macros + (k0 // 32 + word // 4) // GROUP
+        factor = tl.load(macro_ptr + at, mask=mask, other=1.0)
+        x = tl.div_rn(x, tl.broadcast_to(factor * pre_scale, x.shape)) if PRE_SCALED else over_factor(x, factor, is_tiny)
     elif PRE_SCALED:
         x = tl.div_rn(x, tl.full(x.shape, 1.0, tl.float32) * pre_scale)
-    x = tl.reshape(x, (R, BK))
-    columns = across * BK + tl.arange(0, BK)
-    mask = (rows < M)[:, None] & (columns < K)[None, :]
-    at = rows[:, None].to(tl.int64) * out_m + columns[None, :].to(tl.int64) * out_k
+    at = (m0 + row) * out_m + (k0 + word * 8) * out_k + nibble.to(tl.int64) * out_k
+    if not EVEN:
+        mask &= word * 8 + nibble < width
     tl.store(out_ptr + at, to_type(x, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -81,26 +104,37 @@ def dequantize(q: MXFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     views = matrices(out, q.axis, merges(out, q.axis))
     if not views:
         return out
-    K = q.shape[q.axis]
     stored = {name: tensor.reshape(-1, tensor.shape[-1]).contiguous() for name, tensor in q.tensors().items()}
+    stored |= {name: _as_words(tensor) for name, tensor in stored.items() if name.endswith("codes")}
+    group = q.macro_size // BLOCK if q.macro is not None else 0
     start = 0
     for matrix in views:
-        M = matrix.shape[0]
-        own = {name: tensor[start : start + M] for name, tensor in stored.items()}
-        tile = _tile(matrix)
-        _dequantize_kernel[(triton.cdiv(M, tile["R"]) * triton.cdiv(K, tile["BK"]),)](
+        own = {name: tensor[start:] for name, tensor in stored.items()}
+        start += len(matrix)
+        (matrix,) = one_row(max(1, group) * BLOCK, matrix)
+        tile, grid = _tiling(matrix, max(1, group))
+        _dequantize_kernel[grid](
             own["codes"], own["scales"], own.get("residual.codes"), own.get("residual.scales"), own.get("macro"),
-            matrix, M, K, *matrix.stride(), q.alpha, q.pre_scale,
-            FALLBACK=q.residual is not None, GROUP=q.macro_size // BLOCK if q.macro is not None else 0,
-            PRE_SCALED=q.pre_scale != 1, **tile, enable_fp_fusion=False,
+            matrix, *matrix.shape, *matrix.stride(), q.alpha, q.pre_scale,
+            FALLBACK=q.residual is not None, GROUP=group, PRE_SCALED=q.pre_scale != 1, **tile, enable_fp_fusion=False,
         )  # fmt: skip
-        start += M
     return out
 
 
-def _tile(out: torch.Tensor) -> dict[str, int]:
-    K = out.shape[1]
-    if out.stride(1) == 1 or out.stride(0) != 1:
-        wide = max(BLOCK, min(2048, triton.next_power_of_2(K)))
-        return {"R": max(1, 2048 // wide), "BK": wide, "num_warps": 4}
-    return {"R": 64, "BK": max(BLOCK, min(128, triton.next_power_of_2(K))), "num_warps": 4}
+def _as_words(codes: torch.Tensor) -> torch.Tensor:
+    """As int32; codes that lie at an odd address, in a buffer of other things, are copied."""
+    aligned = codes.data_ptr() % 4 == codes.storage_offset() % 4 == 0
+    return (codes if aligned else codes.clone()).view(torch.int32)
+
+
+def _tiling(out: torch.Tensor, group: int) -> tuple[dict[str, int], tuple[int]]:
+    """Constants of a tile, and the grid."""
+    M, K = out.shape
+    columns = out.stride(0) == 1 != out.stride(1)
+    blocks = triton.next_power_of_2(max(group, min(4 if columns else 8, triton.cdiv(K, BLOCK))))
+    if columns:
+        tile = {"R": 64, "NB": blocks, "num_warps": blocks}
+    else:
+        blocks = 128 if M == 1 else blocks
+        tile = {"R": 128 // blocks, "NB": blocks, "num_warps": 4}
+    return tile | {"COLUMNS": columns, "EVEN": K % BLOCK == 0}, (triton.cdiv(M, tile["R"]) * triton.cdiv(K, blocks * BLOCK),)
