@@ -165,7 +165,7 @@ def test_a_graph_has_counters_of_its_own():
 def test_planned_products(M):
     x, w = operands(M, 64, 160)
     close(decode_product(x.to(DEVICE), w.to(DEVICE), None, torch.float32), x, w)
-    assert plan(M, 64, 160).ALONG_K is (M <= 16)
+    assert plan(M, 64, 160).ALONG_K is (M <= 32)
 
 
 def test_products_that_cannot_be_are_refused():

@@ -17,12 +17,9 @@ from mxfp4_rl.recipe import QuantRecipe
 
 CHUNK = 128  # elements of a row that four threads load at once
 MOST_ROWS = 64
+_PROCESSORS = 132  # of an H100
 _POOLS: dict[torch.device, list[list]] = {}  # of arrival counters: the zeros and where the next are, for calls and for graphs
 _ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter has neither inline assembly nor products of bfloat16
-SMS = 132
-# The plan's model, in cycles, by ALONG_K: until a step's loads arrive; a warp's work on eight rows of W and one of X; what the
-# programs that are on the multiprocessors at once take besides; what sharing the contraction takes, fixed and per partial sum.
-LATENCY, WORK, TURN, SHARING = {True: 450, False: 1130}, {True: 9.0, False: 2.4}, 5000, (600, 8)
 
 
 class Plan(NamedTuple):
@@ -37,39 +34,32 @@ class Plan(NamedTuple):
         """What M is padded to."""
         return max(8 if self.ALONG_K else 16, triton.next_power_of_2(M))
 
-    def sums(self, M: int) -> int:
-        """How many a thread holds."""
-        return self.rows(M) * self.BN // (32 if self.ALONG_K else 32 * self.W)
-
-    def warps(self, M: int) -> int:
-        """About how many find registers on a multiprocessor."""
-        if self.sums(M) <= 8:
-            return 32 if self.sums(M) <= 4 else 20 if self.ALONG_K else 24
-        return 16 if self.sums(M) <= (16 if self.ALONG_K else 32) else max(8, self.W)
-
-    def cycles(self, M: int, N: int, K: int) -> float:
-        """About how much longer than another plan's the product takes on an H100."""
-        resident = max(1, self.warps(M) // self.W)
-        steps = triton.cdiv(triton.cdiv(K, CHUNK * (self.W if self.ALONG_K else 1)), self.SPLIT)
-        work = WORK[self.ALONG_K] * self.rows(M) * self.BN / (8 if self.ALONG_K else 8 * self.W)
-        turns, left = divmod(triton.cdiv(N, self.BN) * self.SPLIT, SMS * resident)
-        at_once = [resident] * turns + [triton.cdiv(left, SMS)] * (left > 0)  # programs on a multiprocessor
-        time = sum(steps * (LATENCY[self.ALONG_K] + n * self.W / 4 * work) + TURN for n in at_once)
-        return time + (SHARING[0] + SHARING[1] * self.SPLIT * self.sums(M) if self.SPLIT > 1 else 0)
-
-
-TILES = [
-    *((BN, W, True) for BN, W in ((16, 4), (16, 8), (16, 16), (32, 4), (32, 8))),
-    *((BN, W, False) for BN, W in ((64, 4), (128, 4), (128, 8), (256, 16))),
-]
-
 
 @functools.cache
 def plan(M: int, N: int, K: int) -> Plan:
-    """The plan that should be fastest on an H100."""
-    tiles = [tile for tile in TILES if (M <= 32 if tile[2] else M > 8)]
-    plans = (Plan(*tile, split) for tile in tiles for split in (1, 2, 3, 4, 6, 8, 12, 16))
-    return min(plans, key=lambda how: how.cycles(M, N, K))
+    """The plan that should be fastest on an H100: a rule drawn from sweeps of all plans over the products of two models.
+
+    Few rows: a tile of 16 outputs, and as many warps along the contraction as leave every multiprocessor work. More: tiles of
+    128 outputs, or 64 of narrow weights, and as many programs along the contraction as run at once.
+    """
+    chunks = triton.cdiv(K, CHUNK)
+    small = N <= 2560 and K <= 2048
+    if M <= 8 or (M <= 16 and small) or (M <= 32 and N <= 2048 and small):
+        warps = 16 if N <= 4096 else 8 if N <= 8192 else 4
+        if chunks % warps == 0:
+            return Plan(16, warps, True, 1)
+        return Plan(16, 4, True, _split(triton.cdiv(N, 16), chunks // 4, 8))
+    if N < 4096:
+        tile, at_once = (64, 4), 4 if M <= 32 else 2
+    else:
+        tile, at_once = ((128, 4), 4) if M <= 16 else ((128, 8), 2)
+    return Plan(*tile, False, _split(triton.cdiv(N, tile[0]), chunks // 2, at_once))
+
+
+def _split(tiles: int, most: int, at_once: int) -> int:
+    """Programs that share the contraction of a tile, `most` at most: all run at once, `at_once` of them on a multiprocessor."""
+    fit = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if tiles * split <= _PROCESSORS * at_once and split <= most]
+    return max(fit, default=1)
 
 
 @launches
