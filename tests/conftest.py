@@ -1,8 +1,13 @@
 """What the whole suite shares: the tally of codes and scales that were compared with other implementations."""
 
+import signal
 from dataclasses import dataclass, field
 
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt: they inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
