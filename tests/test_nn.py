@@ -124,6 +124,10 @@ def test_a_report_says_what_quantises_on_a_device():
         ({"macro_block": "dynamic"}, r"weight of 0 \(.*: its macro blocks are dynamic\). .*macro_block=null or"),
         ({"macro_block": "static", "macro_size": 96}, r"weight of 0 \(.*: its macro blocks have 96 elements\)"),
         ({"activation": None}, r"activation of 0 \(unquantised\)"),
+        (
+            {"product": "fp8_fast", "grad": {"macro_block": "static"}, "dgrad": "mx"},
+            "macro blocks of 0's grad are scaled every 128",
+        ),
         ({"product": "fp8_fast", "macro_block": "static"}, "macro blocks of 0's weight are scaled every 128 .* product='fp8'"),
     ],
 )

@@ -52,14 +52,14 @@ def launches(function):
     """Decorator: the device of the first argument is current while `function` runs, for Triton launches on the current one."""
 
     @functools.wraps(function)
-    def launch(first, *args, **kwargs):
-        tensor = first
+    def launch(*args, **kwargs):
+        tensor = args[0] if args else next(iter(kwargs.values()), None)
         while not isinstance(tensor, torch.Tensor):
             tensor = next(getattr(tensor, name) for name in ("source", "codes", "payload") if hasattr(tensor, name))
         if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
         with torch.cuda.device(tensor.device):
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return launch
 

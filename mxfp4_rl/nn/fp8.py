@@ -38,7 +38,10 @@ def check(recipe: ModelRecipe, name: str) -> None:
                 f"product={recipe.product!r} cannot multiply the {side} of {name} ({why}). Give a fixed scale rule, "
                 "macro_block=null or static and fallback_alpha=null, or product='bf16'"
             )
-        if recipe.product == "fp8_fast" and not fits_rows(own):
+    sides = ("weight", "activation", *(["grad"] if "mx" in (recipe.dgrad, recipe.wgrad) else []))
+    for side in sides if recipe.product == "fp8_fast" else ():
+        own = getattr(recipe, side)
+        if fits(own) and not fits_rows(own):
             raise RecipeError(
                 f"product='fp8_fast' leaves whole sums to the tensor core, and the macro blocks of {name}'s {side} are scaled "
                 "every 128 elements: give product='fp8'"

@@ -104,7 +104,7 @@ class MXFP4Linear(nn.Linear):
         self.__class__ = nn.Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         x = x.to(dtype)
         if self.stats is not None:
             self.stats.measure("activation", x, self.recipe.activation)
@@ -179,7 +179,7 @@ class MXFP4Linear(nn.Linear):
         sharded = hasattr(self.weight, "to_local") or getattr(self, "gathered", False)
         unversioned = sharded or self.weight.is_inference()
         version = None if unversioned else (self.weight.data_ptr(), self.weight._version)
-        return dtype, _optimizer_steps, version
+        return dtype, self.recipe, _optimizer_steps, version
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -216,7 +216,7 @@ def spaced_rows(t: torch.Tensor, max_rows: int | None, recipe: QuantRecipe) -> t
     return t.index_select(0, (index.unsqueeze(-1) + torch.arange(unit, device=t.device)).flatten())
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mxfp4_rl.nn.linear import MXFP4Linear, quantized_input
+from mxfp4_rl.nn.linear import MXFP4Linear, compute_dtype, quantized_input
 from mxfp4_rl.quant import QuantizedTensor
-from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import ModelRecipe
 
 
 class PackedLinear(MXFP4Linear):
     """The rollout's side of an MXFP4Linear: no parameter, only the codes last shipped. Forward only.
 
-    Made by `mxfp4_rl.nn.convert_for_rollout`; its operands are the actor's, bit for bit (those of BF16 products).
+    Made by `mxfp4_rl.nn.convert_for_rollout`; its codes are the actor's, bit for bit, and so are dequantised operands (those of
+    BF16 products). The decode product multiplies the codes themselves: for plain recipes the same operand; with macro blocks or
+    a fallback the recipe's own value, which a BF16 operand rounds, by up to 2^-9 of it.
     """
 
     @classmethod
@@ -29,20 +30,31 @@ class PackedLinear(MXFP4Linear):
         linear.weight = None
 
     def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
-        """Take over a weight (out, in) for products in `dtype`; not a copy."""
+        """Take over a weight (out, in) for products in `dtype`; not a copy.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if tuple(packed.shape) != (self.out_features, self.in_features):
+            own = self.out_features, self.in_features
+            raise ValueError(f"{self.layer_name} holds weights {own}, not {tuple(packed.shape)}: ship those of the same model")
         if decodes(packed, dtype):
             self._held, self._held_key = {"packed": packed}, dtype
         else:
             super().hold(packed, dtype)
 
+    def release(self) -> None:
+        """Nothing: the layer has no weight to quantise again."""
+
     @property
     def path(self) -> str:
         """What multiplies the weights it holds, for logs."""
         if "packed" in self._held:
-            return "packed weights by the decode kernel (more than 64 tokens: dequantised for the call)"
+            return "packed weights by the decode kernel (for many tokens: dequantised for the call)"
         return "dequantised weights" if self._held else "no weights yet"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(compute_dtype(x))
         x_hat = quantized_input(x, self.recipe.activation)
         packed = self._held.get("packed")
         if packed is not None and x.dtype == self._held_key:
@@ -52,7 +64,7 @@ class PackedLinear(MXFP4Linear):
             if tokens.shape[0] <= MOST_ROWS:
                 return decode_product(tokens, packed, self.bias).reshape(*x.shape[:-1], self.out_features)
         y = nn.functional.linear(x_hat, self.weight_operand(x.dtype))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
         if self._held_key != dtype:
@@ -66,14 +78,11 @@ class PackedLinear(MXFP4Linear):
 
 def decodes(packed: QuantizedTensor, dtype: torch.dtype) -> bool:
     """Whether the decode product multiplies this weight: MXFP4, not rotated or pre-scaled, in BF16 on a GPU since Ampere."""
-    return (
-        isinstance(packed, MXFP4Tensor)
-        and dtype == torch.bfloat16
-        and packed.codes.is_cuda
-        and torch.cuda.get_device_capability(packed.codes.device) >= (8, 0)
-        and len(packed.shape) == 2
-        and packed.axis == 1
-        and packed.block_size == 32
-        and not packed.hadamard
-        and packed.pre_scale == 1
-    )
+    device = packed.codes.device
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from mxfp4_kernels.matmul.decode import why_not
+    except ImportError:  # without Triton
+        return False
+    return why_not(packed) is None

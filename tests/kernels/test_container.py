@@ -131,6 +131,12 @@ def test_what_no_container_holds_is_refused():
         containers(x, columns=QuantRecipe(scale_rule="search"))
     with pytest.raises(ValueError, match=r"MBS static 128 .*rows share a scale"):
         containers(x, rows=QuantRecipe.parse("mxfp4+mbs"), whole_rows=True)
+    with pytest.raises(ValueError, match="no recipe is given"):
+        containers(x)
+    with pytest.raises(ValueError, match=r"not a tensor of shape \(1, 16, 64\)"):
+        containers(x.unsqueeze(0), rows=QuantRecipe())
+    with pytest.raises(TypeError, match=r"cannot quantise torch.float64"):
+        containers(x.double(), rows=QuantRecipe())
     with pytest.raises(ValueError, match="give that recipe too"):
         containers(x, columns=QuantRecipe(), operand_dtype=torch.bfloat16)
     assert not fits_rows(None)

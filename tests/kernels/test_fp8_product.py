@@ -70,8 +70,8 @@ def test_products_of_rows_that_share_a_scale(shape, names, backend):
 
 @pytest.mark.skipif(not GPU, reason="a CPU sums in float32")
 def test_fast_accumulation_is_no_worse_than_that_of_any_fp8_product():
-    """Errors against float64 of the same operands, in units of sum |a b|."""
-    x, w = matrices(512, 256, 4096)
+    """Errors against float64 of the same operands, in units of sum |a b|; of sums so long that they exceed BF16's rounding."""
+    x, w = matrices(128, 128, 16384)
     a, b = (operands(t, rows=QuantRecipe(), whole_rows=True)[0] for t in (x, w))
     exact, size = exact_product(a, b)
     eight = w8a8.Operand(x), w8a8.Operand(w)
@@ -80,7 +80,7 @@ def test_fast_accumulation_is_no_worse_than_that_of_any_fp8_product():
     for fast in (False, True):
         ours = (product(a, b, fast=fast).double().cpu() - exact).abs() / size
         theirs = (w8a8.product(*eight, fast=fast).double().cpu() - e @ f.t()).abs() / (e.abs() @ f.abs().t())
-        assert ours.pow(2).mean() <= 1.05 * theirs.pow(2).mean()  # both are rounded to BF16 in the end
+        assert ours.pow(2).mean() <= 1.1 * theirs.pow(2).mean()  # both are rounded to BF16 in the end
         errors[fast] = ours.pow(2).mean()
     assert errors[False] < errors[True]
 

@@ -48,6 +48,18 @@ def test_products_are_those_of_the_dequantised_operands(monkeypatch, name, token
     assert calls == ([rows] if rows <= decode.MOST_ROWS else [])
 
 
+def test_its_weights_have_one_shape_and_are_not_released():
+    recipe = QuantRecipe()
+    layer, w = layer_of(ModelRecipe(), 48, 256)
+    with pytest.raises(ValueError, match=r"model.layer holds weights \(48, 256\), not \(32, 256\)"):
+        layer.hold(quantize(w[:32], recipe), torch.bfloat16)
+    layer.hold(quantize(w, recipe), torch.bfloat16)
+    layer.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 256, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
 def test_weights_that_the_kernel_cannot_decode_are_kept_dequantised():
     recipe = QuantRecipe.parse("mxfp4+hadamard64")
     layer, w = layer_of(ModelRecipe(weight=recipe, activation=recipe), 48, 256)

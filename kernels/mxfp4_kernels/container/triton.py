@@ -42,6 +42,7 @@ from mxfp4_kernels.device import (
     two_passes,
     unsupported,
 )
+from mxfp4_rl.quant.quantizer import check
 from mxfp4_rl.recipe import QuantRecipe
 
 _LARGE_MACRO = 256
@@ -50,14 +51,14 @@ _WINDOW, _HEADROOM, _LEAST_TOP = tl.constexpr(WINDOW), tl.constexpr(HEADROOM), t
 
 
 @triton.jit
-def _largest_finite(x):
+def largest_finite(x):
     """x (R, blocks, 32) -> the largest magnitude of a row's blocks without NaN and Inf, as bits (R,)."""
     amax = largest_magnitude(x, 2)
     return tl.max(tl.where(amax < float("inf"), amax, 0.0), axis=1).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _contain(
+def contain(
     x, largest, CARRY: tl.constexpr, SHIFT: tl.constexpr, MACRO: tl.constexpr, LARGEST: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
     """E4M3 payloads (R, blocks, 32), scales and wide flags (R, groups), x_hat before the factor, factors.
@@ -130,7 +131,7 @@ def _rows_kernel(
     row0 = tl.program_id(0) * R
     rows, columns = row0 + tl.arange(0, R), tl.arange(0, BK)
     blocks = tl.reshape(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), (R, BK // 32, 32))
-    payload, scale, wide, x_hat, factor = _contain(blocks, _largest_finite(blocks), CARRY, SHIFT, 0, 1.0, 0)
+    payload, scale, wide, x_hat, factor = contain(blocks, largest_finite(blocks), CARRY, SHIFT, 0, 1.0, 0)
     _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, row0, 0, ROWS, LONG, R, BK, 0)
     if OPERAND:
         _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, 0)
@@ -145,12 +146,12 @@ def _largest_kernel(
     m0, k0 = tl.program_id(0) * BM, tl.program_id(1) * BK
     rows, columns = m0 + tl.arange(0, BM), k0 + tl.arange(0, BK)
     if COLUMNS:
-        largest = _largest_finite(load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM, BK))
+        largest = largest_finite(load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM, BK))
         tl.atomic_max(largest_t_ptr + columns, largest, mask=columns < K, sem="relaxed")
     if ROWS:
         x = load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k)
         tl.atomic_max(
-            largest_ptr + rows, _largest_finite(tl.reshape(x, (BM, BK // 32, 32))), mask=rows < M, sem="relaxed"
+            largest_ptr + rows, largest_finite(tl.reshape(x, (BM, BK // 32, 32))), mask=rows < M, sem="relaxed"
         )  # fmt: skip
 
 
@@ -169,12 +170,12 @@ def _tile_kernel(
     if COLUMNS:
         blocks = load_columns(x_ptr, m0, k0, M, K, stride_m, stride_k, BM, BK)
         largest = tl.load(largest_t_ptr + columns, mask=columns < K, other=0) if GROUP_T == 0 else columns
-        payload, scale, wide, _x, _f = _contain(blocks, largest, CARRY_T, SHIFT_T, MACRO_T, LARGEST, GROUP_T // 32)
+        payload, scale, wide, _x, _f = contain(blocks, largest, CARRY_T, SHIFT_T, MACRO_T, LARGEST, GROUP_T // 32)
         _store(payload, scale, wide, payload_t_ptr, scale_t_ptr, wide_t_ptr, k0, m0, K_ROWS, M_LONG, BK, BM, GROUP_T)
     if ROWS:
         blocks = tl.reshape(load_tile(x_ptr, rows, columns, M, K, stride_m, stride_k), (BM, BK // 32, 32))
         largest = tl.load(largest_ptr + rows, mask=rows < M, other=0) if GROUP == 0 else rows
-        payload, scale, wide, x_hat, factor = _contain(blocks, largest, CARRY, SHIFT, MACRO, LARGEST, GROUP // 32)
+        payload, scale, wide, x_hat, factor = contain(blocks, largest, CARRY, SHIFT, MACRO, LARGEST, GROUP // 32)
         _store(payload, scale, wide, payload_ptr, scale_ptr, wide_ptr, m0, k0, M_ROWS, K_LONG, BM, BK, GROUP)
         if OPERAND:
             _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, MACRO)
@@ -211,8 +212,16 @@ def containers(
         (container of x, container of x^T, x_hat), None for what was left out.
 
     Raises:
-        ValueError: containers do not hold a recipe (see `fits`, `fits_rows`), or an operand without a `rows` recipe.
+        ValueError: not a matrix, no recipe, containers do not hold one (see `fits`, `fits_rows`), or an operand without `rows`.
+        TypeError: another dtype.
     """
+    if x.ndim != 2:
+        raise ValueError(
+            f"a container holds a matrix, not a tensor of shape {tuple(x.shape)}: reshape it to (tokens, features)"
+        )
+    check(x, 0)
+    if rows is None and columns is None:
+        raise ValueError("no recipe is given: `rows`, `columns` or both")
     for recipe in (rows, columns):
         if recipe is not None and not (fits_rows if whole_rows else fits)(recipe):
             why = unsupported(recipe) or ("it has a fallback" if recipe.fallback_alpha is not None else "rows share a scale")
@@ -247,7 +256,8 @@ def containers(
         m_rows, k_rows, m_long, k_long = (padded(n, multiple) for multiple in (MULTIPLE, GROUP) for n in (M, K))
         if whole_rows:
             m_long, k_long = m_rows, k_rows
-        tile = _tile(how["GROUP"], how_t["GROUP"], columns is not None and not whole_rows)
+        macros = [how["GROUP"] * (rows is not None), how_t["GROUP"] * (columns is not None)]
+        tile = _tile(*macros, columns is not None and not whole_rows)
         grid = triton.cdiv(m_rows if columns is None else max(m_rows, m_long), tile["BM"]), triton.cdiv(k_long, tile["BK"])
         _tile_kernel[grid](
             x, *views[0], largest, *views[1], largest_t, x_hat, *size[:2], m_rows, k_rows, m_long, k_long, *size[2:],

@@ -126,11 +126,18 @@ def decode_product(
     return y
 
 
-def _check(x: torch.Tensor, w: MXFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
+def why_not(w: object) -> str | None:
+    """Why there is no decode product of a weight, with what to do; None if there is one."""
     if not isinstance(w, MXFP4Tensor) or len(w.shape) != 2 or w.axis != 1 or w.block_size != BLOCK:
-        raise ValueError("the weight must be an MXFP4Tensor (N, K), quantised along its last axis in blocks of 32")
+        return "the weight must be an MXFP4Tensor (N, K), quantised along its last axis in blocks of 32"
     if w.hadamard or w.pre_scale != 1:
-        raise ValueError("a rotated or pre-scaled weight has no decode product: dequantise and multiply in BF16")
+        return "a rotated or pre-scaled weight has no decode product: dequantise and multiply in BF16"
+    return None
+
+
+def _check(x: torch.Tensor, w: MXFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
+    if why_not(w):
+        raise ValueError(why_not(w))
     if x.ndim != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x must be a bfloat16 matrix, not {x.dtype} of shape {tuple(x.shape)}")
     if x.shape[1] != w.shape[1]:
@@ -173,7 +180,7 @@ def _counters(device: torch.device, count: int, captured: bool) -> torch.Tensor:
         _POOLS[device] = [[torch.zeros(1 << 20, dtype=torch.int32, device=device), 0] for _ in range(2)]
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams must not read them earlier
-    if captured and (device not in _POOLS or _POOLS[device][1][1] + count > 1 << 20):
+    if count > 1 << 20 or (captured and (device not in _POOLS or _POOLS[device][1][1] + count > 1 << 20)):
         return torch.zeros(count, dtype=torch.int32, device=device)
     pool = _POOLS[device][captured]
     zeros, start = pool

@@ -73,7 +73,7 @@ def product(
     if bias is not None:
         if bias.shape != (N,):
             raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
-        bias = bias.contiguous()
+        bias = bias.detach().contiguous()
     if not (M and N and K):
         y = torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
         return y if bias is None else y + bias.to(out_dtype)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mxfp4_kernels.container.reference import fits_rows
-from mxfp4_kernels.container.triton import _contain, _largest_finite
+from mxfp4_kernels.container.triton import contain, largest_finite
 from mxfp4_kernels.device import BLOCK, constants, launches, load_columns
 from mxfp4_kernels.matmul import fp8
 from mxfp4_kernels.matmul.operand import Operand
@@ -143,7 +143,7 @@ def _largest_kernel(
     """The largest finite magnitudes of each expert's tokens, as bits, (E, N)."""
     if tl.program_id(0) * BT < tl.load(offsets_ptr + E):
         blocks, at, mask, _l = _tile(x_ptr, offsets_ptr, T, N, E, stride_t, stride_n, BT, BN, EXPERTS)
-        tl.atomic_max(largest_ptr + at, tl.reshape(_largest_finite(blocks), (BN, BT // 32)), mask=mask, sem="relaxed")
+        tl.atomic_max(largest_ptr + at, tl.reshape(largest_finite(blocks), (BN, BT // 32)), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _tokens_kernel(
     if tl.program_id(0) * BT < tl.load(offsets_ptr + E):
         blocks, at, mask, leads = _tile(x_ptr, offsets_ptr, T, N, E, stride_t, stride_n, BT, BN, EXPERTS)
         largest = tl.reshape(tl.load(largest_ptr + at, mask=mask, other=0), (BN * BT // 32,))
-        payload, scale, wide, _x, _f = _contain(blocks, largest, CARRY, SHIFT, 0, 1.0, 0)
+        payload, scale, wide, _x, _f = contain(blocks, largest, CARRY, SHIFT, 0, 1.0, 0)
         tokens = tl.program_id(0) * BT + tl.arange(0, BT)
         features = tl.program_id(1) * BN + tl.arange(0, BN)
         to = features[:, None].to(tl.int64) * T + tokens[None, :]
