@@ -5,6 +5,7 @@ recipe: {...}              a QuantRecipe for every operand; weight, activation, 
 quantize_reference: false  quantise the reference policy too
 aqn: {enable, sigma_start, sigma_end, stages, seed}
 monitor: {every, max_rows, layers}
+mismatch: {k3_kl, stop}    when trainer and rollout are too far apart
 run_dir: where metrics, checkpoints and the report go
 task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
 """
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mxfp4_rl.recipe import ModelRecipe, RecipeError, check_keys, plain
+
+HF_ROLLOUT, VLLM_ROLLOUT = "mxfp4_hf", "vllm"
+ROLLOUTS = (HF_ROLLOUT, VLLM_ROLLOUT)  # values of `rollout.name` that hold MXFP4 weights
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,29 @@ class AQNSettings:
 
 
 @dataclass(frozen=True)
+class MismatchSettings:
+    """When the rollout's probabilities are too far from the trainer's on the tokens that it sampled.
+
+    Args:
+        k3_kl: limit for verl's `rollout_corr/k3_kl`; null: 0.02 where activations are not quantised, 2 where they are (their
+            codes flip with the last bit of another attention kernel, so a small model has a high floor of its own).
+        stop: end the run at the limit instead of printing an alarm.
+    """
+
+    k3_kl: float | None = None
+    stop: bool = False
+
+    def __post_init__(self):
+        _is_bool("mxfp4.mismatch.stop", self.stop)
+        if self.k3_kl is not None and (isinstance(self.k3_kl, bool) or not self.k3_kl > 0):
+            raise RecipeError(f"mxfp4.mismatch.k3_kl={self.k3_kl!r} must be a positive number, or null for the default")
+
+    def limit(self, quantises_activations: bool) -> float:
+        """The limit of a run."""
+        return self.k3_kl if self.k3_kl is not None else 2.0 if quantises_activations else 0.02
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole block. Build it with `from_config`; with `enable` false the run is plain verl and the rest is ignored."""
 
@@ -75,6 +102,7 @@ class Settings:
     quantize_reference: bool = False
     aqn: AQNSettings = field(default_factory=AQNSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    mismatch: MismatchSettings = field(default_factory=MismatchSettings)
     run_dir: str | None = None
     task: Mapping[str, Any] | None = None
 
@@ -95,7 +123,7 @@ class Settings:
         check_keys(values, {f.name for f in dataclasses.fields(cls)}, "mxfp4")
         for name in ("enable", "quantize_reference"):
             _is_bool(f"mxfp4.{name}", values.get(name, False))
-        for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings)):
+        for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings), ("mismatch", MismatchSettings)):
             given = values.get(name) or {}
             if not isinstance(given, Mapping):
                 raise RecipeError(f"mxfp4.{name}={given!r} must be a block of keys")

@@ -90,7 +90,15 @@ MISTAKES = {
         ["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32"],
         ["param_dtype=fp32", "make them the same"],
     ),
-    "unsupported rollout": (["actor_rollout_ref.rollout.name=vllm"], ["rollout.name=vllm", "mxfp4_hf", "enable=false"]),
+    "unsupported rollout": (
+        ["actor_rollout_ref.rollout.name=sglang"],
+        ["rollout.name=sglang", "mxfp4_hf or vllm", "enable=false"],
+    ),
+    "vLLM on a CPU": (["actor_rollout_ref.rollout.name=vllm"], ["needs a GPU", "rollout.name=mxfp4_hf"]),
+    "another recipe in the rollout": (
+        ["++actor_rollout_ref.rollout.custom.mxfp4={enable: true}"],
+        ["rollout.custom.mxfp4", "two different models"],
+    ),
     "LoRA": (["actor_rollout_ref.model.lora_rank=8"], ["lora_rank=8", "enable=false"]),
     "FSDP1 on a CPU": (["actor_rollout_ref.actor.strategy=fsdp"], ["strategy=fsdp", "use fsdp2"]),
     "other bits": (["actor_rollout_ref.rollout.dtype=float32"], ["rollout.dtype=float32", "make them the same"]),

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 
 from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.recipe import RecipeError
-from mxfp4_rl.settings import Settings
+from mxfp4_rl.settings import VLLM_ROLLOUT, Settings
 
 MODEL_KEY = "actor_rollout_ref.model.path"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -101,9 +101,22 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LaunchError(f"{MODEL_KEY}={path} is not a causal language model that can be built: {reason[0]}") from error
     try:
-        return plan(model, settings.recipe).describe().splitlines()[0]
-    except RecipeError as error:
+        report = plan(model, settings.recipe)
+        _check_tensor_parallel(config, model, report.converted)
+    except (RecipeError, ValueError) as error:
         raise LaunchError(f"mxfp4.recipe does not fit {path}: {error}") from error
+    return report.describe().splitlines()[0]
+
+
+def _check_tensor_parallel(config: DictConfig, model, converted) -> None:
+    """Raise ValueError where vLLM would cut a layer's inputs inside a block. (It asks itself again as it builds its layers.)"""
+    from mxfp4_rl.vllm_plugin.layout import check_cut, why_not_packed
+
+    rollout = config.actor_rollout_ref.rollout
+    for name, recipe in converted.items() if rollout.name == VLLM_ROLLOUT else ():
+        cut_along_inputs = name.rsplit(".", 1)[-1] in ("o_proj", "down_proj")  # the likes of Llama, Qwen and Mistral
+        if cut_along_inputs and recipe.weight is not None and not why_not_packed(recipe.weight):
+            check_cut(recipe.weight, model.get_submodule(name).in_features, rollout.tensor_model_parallel_size, name)
 
 
 def prepare_data(config: DictConfig, settings: Settings) -> int | None:

@@ -20,11 +20,11 @@ from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.launch.compose import resolved, unknown_keys
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
+from mxfp4_rl.launch.support import check_supported
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
 MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MIN_FREE_DISK = 2 * 2**30
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
@@ -126,53 +126,6 @@ def _resumes(config: DictConfig) -> Callable[[Path], bool]:
         return mode == "auto" and (Path(there.trainer.default_local_dir) / TRACKER_FILE).is_file()
 
     return resumes
-
-
-def check_supported(config: DictConfig, settings: Settings) -> None:
-    """What verl offers and MXFP4 does not reach yet: refused, so that nothing runs unquantised behind one's back.
-
-    Raises:
-        LaunchError: such a setting together with `mxfp4.enable`, or one that no CPU run can have.
-    """
-    model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
-    if config.trainer.device == "cpu":
-        if actor.strategy != "fsdp2":
-            raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
-        attention = (model.get("override_config") or {}).get("attn_implementation", "flash_attention_2")
-        if "flash" in attention:
-            raise LaunchError(
-                f"attn_implementation={attention} does not run on a CPU: set "
-                "++actor_rollout_ref.model.override_config.attn_implementation=sdpa"
-            )
-    if rollout.name == "mxfp4_hf" and rollout.tensor_model_parallel_size != 1:
-        raise LaunchError(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}: rollout.name=mxfp4_hf "
-            "runs a replica in one process; use 1"
-        )
-    if not settings.enable:
-        return
-    off = "or set mxfp4.enable=false"
-    if rollout.name != "mxfp4_hf":
-        raise LaunchError(
-            f"actor_rollout_ref.rollout.name={rollout.name} has no MXFP4 weights and activations yet: use mxfp4_hf, {off}"
-        )
-    if actor.strategy != "fsdp2":
-        raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} has no MXFP4 layers yet: use fsdp2, {off}")
-    rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
-    if rank > 0 or model.get("lora_adapter_path"):
-        raise LaunchError(
-            f"LoRA (actor_rollout_ref.model.lora_rank={rank}) is not supported in MXFP4 yet: train in full, {off}"
-        )
-    if config.trainer.v1.trainer_mode != "mxfp4_sync":
-        raise LaunchError(
-            f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} neither measures nor adds noise: use mxfp4_sync, {off}"
-        )
-    compute = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype") or "bf16"
-    if DTYPE_NAMES.get(str(compute), compute) != rollout.dtype:
-        raise LaunchError(
-            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype (actor.fsdp_config."
-            f"mixed_precision.param_dtype={compute}): trainer and rollout would quantise other bits; make them the same"
-        )
 
 
 def check_batches(config: DictConfig) -> list[str]:

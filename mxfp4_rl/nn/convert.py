@@ -103,20 +103,15 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
         )
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in _linears(model):
-        excluded = [p for p in recipe.exclude if matches(p, name)]
-        overriding = [p for p in recipe.overrides if matches(p, name)]
+        left_alone, overriding = why_left_alone(name, recipe)
         if type(module) not in (nn.Linear, MXFP4Linear):
             report.skipped[name] = f"of class {type(module).__name__}"
-        elif module is output or name.rsplit(".", 1)[-1] == "lm_head":
+        elif module is output:
             report.skipped[name] = "output embedding"
-        elif not ROUTER_NAMES.isdisjoint(name.split(".")[-2:]):  # `router`, and the likes of `router.layer`
-            report.skipped[name] = "router"
-        elif "lora_" in name:
-            report.skipped[name] = "LoRA adapter"
-        elif excluded:
-            report.skipped[name] = f"excluded by {excluded[0]!r}"
-            for pattern in excluded:
-                report.by_pattern[pattern] += 1
+        elif left_alone:
+            report.skipped[name] = left_alone
+            for pattern in recipe.exclude if left_alone.startswith("excluded") else ():
+                report.by_pattern[pattern] += matches(pattern, name)
         else:
             own = recipe.for_layer(overriding)
             if own.in_fp8:
@@ -136,6 +131,20 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
         why = "; ".join(f"{n}: {r}" for n, r in [*report.skipped.items()][:4]) or "it has no nn.Linear"
         raise RecipeError(f"{type(model).__name__} has nothing to quantise ({why}); change the recipe or the model")
     return report
+
+
+def why_left_alone(name: str, recipe: ModelRecipe) -> tuple[str | None, list[str]]:
+    """Why a Linear layer of this name is not quantised, None if it is; and the override patterns that match it."""
+    excluded = [p for p in recipe.exclude if matches(p, name)]
+    if name.rsplit(".", 1)[-1] == "lm_head":
+        reason = "output embedding"
+    elif not ROUTER_NAMES.isdisjoint(name.split(".")[-2:]):  # `router`, and the likes of `router.layer`
+        reason = "router"
+    elif "lora_" in name:
+        reason = "LoRA adapter"
+    else:
+        reason = f"excluded by {excluded[0]!r}" if excluded else None
+    return reason, [p for p in recipe.overrides if matches(p, name)]
 
 
 def convert(model: nn.Module, recipe: ModelRecipe | None = None) -> ConversionReport:

@@ -6,14 +6,20 @@ imports where they are needed (`actor_rollout_ref.model.external_lib`). verl swa
 reported first.
 """
 
+import importlib
 import sys
+
+
+def _load_trainer(_verl_trainers) -> None:
+    importlib.import_module("mxfp4_rl.verl_plugin.trainer")  # registers itself
+
 
 try:
     import wrapt
 
     from mxfp4_rl.verl_plugin import platform as _platform  # noqa: F401  (registers itself)
 
-    wrapt.register_post_import_hook("mxfp4_rl.verl_plugin.trainer:register", "verl.trainer.ppo.v1")
+    wrapt.register_post_import_hook(_load_trainer, "verl.trainer.ppo.v1")
 except Exception as error:
     print(f"[mxfp4] the verl plugin failed to load: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     raise

@@ -3,19 +3,27 @@
 A weight is quantised once per optimiser step: for the rollout, from the same bits (the parameter in the compute dtype) that
 the actor's products use, and the actor keeps the operand those codes stand for. So trainer and rollout multiply by the same
 weights, bit for bit. (With product="fp8" and macro blocks the trainer's are not yet rounded to the compute dtype.)
+
+FSDP2 cuts a weight along its output features and blocks lie along its inputs: each rank packs its own rows, and codes are
+gathered, a quarter of the bytes (`packing`).
 """
 
 from collections.abc import Iterator
 
 import torch
-from verl.utils.device import get_device_name
+from torch.distributed.tensor import DTensor
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import fsdp_version
+from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
 from mxfp4_rl.monitor.components import collect_errors, start_measuring
 from mxfp4_rl.nn import convert, converted_layers, release_operands
-from mxfp4_rl.quant import QuantizedTensor, quantize
+from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.packing import pack
 
 
 class MXFP4FSDPEngine(FSDPEngineWithLMHead):
@@ -64,21 +72,33 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
         super().load_checkpoint(*args, **kwargs)
         release_operands(self.module)
 
-    def get_per_tensor_param(self, **kwargs):
+    def get_per_tensor_param(self, base_sync_done: bool = False, **kwargs):
         """verl's (name, full tensor) pairs, with every converted weight as a QuantizedTensor."""
-        pairs, peft_config = super().get_per_tensor_param(**kwargs)
         layers = converted_layers(self.module)
-        return (self._packed(pairs, layers) if layers else pairs), peft_config
+        adapters = hasattr(self.module, "peft_config")
+        if layers and not adapters and fsdp_version(self.module) == 2:
+            return self._packed(self._sharded_pairs(), layers), None
+        pairs, peft_config = super().get_per_tensor_param(base_sync_done=base_sync_done, **kwargs)
+        only_adapters = peft_config is not None and base_sync_done
+        return (self._packed(pairs, layers) if layers and not only_adapters else pairs), peft_config
+
+    def _sharded_pairs(self):
+        """verl's export of FSDP2 parameters up to the point where it gathers them."""
+        device = get_device_id()
+        parameters = convert_weight_keys(self.module.state_dict(), self.module)
+        pairs = ((name, p.to(device, non_blocking=True) if isinstance(p, DTensor) else p) for name, p in parameters.items())
+        return unfuse_moe_params(pairs, self.model_config.hf_config.model_type)
 
     @torch.no_grad()
     def _packed(self, pairs, layers) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
         waiting = {f"{name}.weight": layer for name, layer in layers.items()}
         for name, tensor in pairs:
-            layer = waiting.pop(name, None)
+            # PEFT puts a layer of its own around ours and names ours "base_layer".
+            layer = waiting.pop(name.replace(".base_layer.", "."), None)
             if layer is None or layer.recipe.weight is None:
-                yield name, tensor
+                yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 continue
-            packed = quantize(tensor.to(self.compute_dtype), layer.recipe.weight)
+            packed = pack(tensor, layer.recipe.weight, self.compute_dtype)
             layer.hold(packed, self.compute_dtype)
             yield name, packed
         if waiting:

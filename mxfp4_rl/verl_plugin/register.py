@@ -9,20 +9,27 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
+from mxfp4_rl.settings import HF_ROLLOUT, VLLM_ROLLOUT
 from mxfp4_rl.verl_plugin.engine import MXFP4FSDPEngine
-
-ROLLOUT_NAME = "mxfp4_hf"
 
 EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(MXFP4FSDPEngine)
 EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(MXFP4FSDPEngine)
 
 
-def _load_replica():
+def _load_hf_replica():
     from mxfp4_rl.verl_plugin.rollout import MXFP4Replica
 
     return MXFP4Replica
 
 
-RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)
+def _load_vllm_replica():
+    from mxfp4_rl.verl_plugin.vllm_rollout import MXFP4vLLMReplica
+
+    return MXFP4vLLMReplica
+
+
+RolloutReplicaRegistry.register(HF_ROLLOUT, _load_hf_replica)
+RolloutReplicaRegistry.register(VLLM_ROLLOUT, _load_vllm_replica)  # in place of verl's, whose special cases go by the name
 # verl has no public call for the trainer's side of a rollout; this dictionary is what its own backends are listed in.
-_ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "mxfp4_rl.verl_plugin.rollout.MXFP4RolloutAdapter"
+_ROLLOUT_REGISTRY[(HF_ROLLOUT, "async")] = "mxfp4_rl.verl_plugin.rollout.MXFP4RolloutAdapter"
+_ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = "mxfp4_rl.verl_plugin.vllm_rollout.MXFP4ServerAdapter"

@@ -15,15 +15,11 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mxfp4_rl.monitor.components import error_metrics, pool
-from mxfp4_rl.settings import Settings
+from mxfp4_rl.settings import ROLLOUTS, VLLM_ROLLOUT, Settings
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, prepare_backends
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
 
 RECIPE_FILE = "mxfp4_recipe.json"
-
-
-def register(_verl_trainers) -> None:
-    """Post-import hook of `verl.trainer.ppo.v1`; importing this module has registered the trainer."""
 
 
 @register_trainer("mxfp4_sync")
@@ -81,10 +77,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         super().on_step_end()
         syncs = self._servers("last_sync")
         if syncs:
-            self._pending_sync_metrics = {
-                "mxfp4_sync/bytes": sum(s["bytes"] for s in syncs),
-                "mxfp4_sync/seconds": max(s["seconds"] for s in syncs),
-            }
+            self._pending_sync_metrics = sync_metrics(syncs)
 
     def _update_actor(self, batch, metrics):
         every = self.settings.monitor.every
@@ -99,7 +92,25 @@ class MXFP4TrainerSync(PPOTrainerSync):
             metrics["timing_s/mxfp4_monitor"] = time.perf_counter() - began
         if self.noise is not None:
             metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
+        if self.settings.enable:
+            self._watch_mismatch(metrics)
         return batch
+
+    def _watch_mismatch(self, metrics: dict) -> None:
+        """Alarm where trainer and rollout no longer are the same model: rounding differs a little, another recipe a lot."""
+        distance = metrics.get("rollout_corr/k3_kl")
+        limit = self.settings.mismatch.limit(self.settings.recipe.activation is not None)
+        if distance is None:
+            return
+        metrics["mxfp4_mismatch/alarm"] = float(not distance <= limit)  # NaN is one
+        if not distance <= limit:
+            message = (
+                f"step {self.global_steps}: the rollout's probabilities are far from the trainer's (k3-KL {distance:.3g}, "
+                f"limit {limit:g}): are both quantised by the same recipe, and are the weights in sync? See mxfp4.mismatch"
+            )
+            if self.settings.mismatch.stop:
+                raise RuntimeError(message)
+            print(f"[mxfp4] alarm: {message}", flush=True)
 
     def _recipe(self) -> dict | None:
         return self.settings.recipe.to_dict() if self.settings.enable else None
@@ -124,7 +135,19 @@ class MXFP4TrainerSync(PPOTrainerSync):
 
     def _servers(self, method: str, *args) -> list:
         """Call `method` on every rollout server that is ours."""
-        if self.config.actor_rollout_ref.rollout.name != "mxfp4_hf":
-            return []
+        name = self.config.actor_rollout_ref.rollout.name
+        if name not in ROLLOUTS or (name == VLLM_ROLLOUT and not self.settings.enable):
+            return []  # verl's own
         replicas = self.llm_server_manager.get_replicas()
-        return ray.get([getattr(s, method).remote(*args) for replica in replicas for s in replica.servers])
+        return ray.get([getattr(replica.servers[0], method).remote(*args) for replica in replicas])  # the first node answers
+
+
+def sync_metrics(syncs: list[dict[str, float]]) -> dict[str, float]:
+    """One step's metrics of the replicas' last weight syncs: bytes of all, seconds of the slowest."""
+    metrics = {
+        "mxfp4_sync/bytes": sum(s["bytes"] for s in syncs),
+        "mxfp4_sync/seconds": max(s["seconds"] for s in syncs),
+    }
+    if elements := sum(s.get("packed_elements", 0) for s in syncs):
+        metrics["mxfp4_sync/fraction_of_bf16"] = sum(s["packed_bytes"] for s in syncs) / (2 * elements)  # quantised weights
+    return metrics

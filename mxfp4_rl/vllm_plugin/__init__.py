@@ -1,0 +1,30 @@
+"""The plugin that vLLM loads by entry point (group `vllm.general_plugins`) in every one of its processes.
+
+It adds the quantisation method "mxfp4_rl": linear layers that hold packed MXFP4 weights and multiply them with the kernels of
+`mxfp4_kernels`. With it, `LLM(..., quantization="mxfp4_rl", hf_overrides={"quantization_config": ...})` works outside verl too
+(`quantization_config`). vLLM goes on after an exception raised here, so it is reported first.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from mxfp4_rl.recipe import ModelRecipe
+
+METHOD = "mxfp4_rl"
+SUPPORTED = ">=0.22,<0.25"  # versions of vLLM: 0.22.0 was run, 0.24.0 was read
+
+
+def register() -> None:
+    """Register the method with the vLLM of this process; vLLM may call this several times."""
+    try:
+        from mxfp4_rl.vllm_plugin import quantization  # noqa: F401  (registers itself)
+    except Exception as error:
+        print(f"[mxfp4] the vLLM plugin failed to load: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def quantization_config(recipe: ModelRecipe) -> dict[str, Any]:
+    """What a model's `quantization_config` says, so that vLLM builds its layers for `recipe`."""
+    return {"quant_method": METHOD, "recipe": recipe.to_dict()}

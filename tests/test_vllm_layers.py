@@ -1,0 +1,111 @@
+"""The layers that vLLM builds with our quantisation method: loaded, cut over tensor-parallel workers, multiplied.
+
+vLLM's own loaders run, on CPUs over gloo; the kernels run in Triton's interpreter. Skipped where vLLM is not installed.
+"""
+
+import os
+
+import pytest
+import torch
+
+from mxfp4_rl import ModelRecipe, QuantRecipe, quantize
+from mxfp4_rl.quant import fake_quantize
+from mxfp4_rl.recipe import RecipeError
+from mxfp4_rl.vllm_plugin import quantization_config
+from mxfp4_rl.vllm_plugin.layout import checksum, named_tensors
+from tests.test_packing import _free_port
+
+pytest.importorskip("vllm")
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 256, 64, 4, 2, 512
+
+
+def _config(recipe):
+    from mxfp4_rl.vllm_plugin.quantization import MXFP4Config
+
+    config = MXFP4Config.from_config(quantization_config(recipe))
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def _weights():
+    g = torch.Generator().manual_seed(0)
+    shapes = {"q": (HEADS * HEAD, HIDDEN), "k": (KV_HEADS * HEAD, HIDDEN), "v": (KV_HEADS * HEAD, HIDDEN),
+              "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}  # fmt: skip
+    return {name: torch.randn(shape, generator=g).bfloat16() for name, shape in shapes.items()}
+
+
+def _in_worker(rank, world, port, words):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+
+    recipe = ModelRecipe(weight=QuantRecipe.parse(words), activation=QuantRecipe())
+    packed = {name: quantize(w, recipe.weight) for name, w in _weights().items()}
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(world, rank, "env://", rank, "gloo")
+        initialize_model_parallel(world)
+        config, layer = _config(recipe), "model.layers.0."
+        shared = {"bias": False, "quant_config": config, "params_dtype": torch.bfloat16}
+        qkv = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, prefix=layer + "self_attn.qkv_proj", **shared)
+        gate_up = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], prefix=layer + "mlp.gate_up_proj", **shared)
+        down = RowParallelLinear(INNER, HIDDEN, prefix=layer + "mlp.down_proj", **shared)
+        shipped = 0
+        for module, parts in ((qkv, {"q": "q", "k": "k", "v": "v"}), (gate_up, {"gate": 0, "up": 1}), (down, {"down": None})):
+            for part, shard in parts.items():
+                for name, tensor in named_tensors("weight", packed[part]):
+                    parameter = getattr(module, name)
+                    parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
+                    shipped += checksum([("x." + name, tensor)])
+        held = sum(checksum(("x." + n, p.data) for n, p in m.named_parameters()) for m in (qkv, gate_up, down))
+        torch.distributed.all_reduce(held)
+        assert int(held) == int(shipped)
+
+        def part(name):
+            return packed[name].dequantize().chunk(world)[rank]
+
+        expected = {
+            qkv: torch.cat([part(name) for name in "qkv"]),
+            gate_up: torch.cat([part("gate"), part("up")]),
+            down: packed["down"].dequantize().chunk(world, dim=1)[rank],
+        }
+        for module, w in expected.items():
+            assert torch.equal(module.quant_method.weight(module).dequantize(), w)
+            x = torch.randn(3, w.shape[1]).bfloat16()
+            y, x_hat = module.quant_method.apply(module, x), fake_quantize(x, recipe.activation).double()
+            size = x_hat.abs() @ w.double().abs().t()
+            assert ((y.double() - x_hat @ w.double().t()).abs() <= 2**-8 * size).all()
+        if world > 1:
+            with pytest.raises(ValueError, match="cut its blocks"):
+                RowParallelLinear(96, HIDDEN, prefix=layer + "mlp.down_proj", **shared)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("words", ["mxfp4", "mxfp4+mbs+of"])
+def test_layers_hold_and_multiply_their_part_of_what_was_shipped(words, world, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the workers import the kernels
+    torch.multiprocessing.spawn(_in_worker, (world, _free_port(), words), nprocs=world)
+
+
+def test_layers_that_are_fused_must_agree():
+    agreeing = _config(ModelRecipe(overrides={"re:[qkv]_proj": {"macro_block": "static"}}))
+    assert agreeing._recipe_of("model.layers.0.self_attn.qkv_proj").weight.macro_block == "static"
+    with pytest.raises(RecipeError, match="matches all of them or none"):
+        _config(ModelRecipe(overrides={"q_proj": {"macro_block": "static"}}))._recipe_of("model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(RecipeError, match="matches all of them or none"):
+        _config(ModelRecipe(exclude=["up_proj"]))._recipe_of("model.layers.0.mlp.gate_up_proj")
+
+
+def test_what_the_trainer_leaves_alone_the_rollout_leaves_alone():
+    config = _config(ModelRecipe(exclude=["re:layers.1"]))
+    for name in ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.self_attn.qkv_proj"):
+        assert config._recipe_of(name) is None
+    assert config._recipe_of("model.layers.0.mlp.down_proj") == ModelRecipe()
