@@ -48,6 +48,7 @@ def check(recipe: ModelRecipe, name: str) -> None:
             )
 
 
+@functools.cache
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FP8 products of `dtype` activations run on `device`."""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -64,6 +65,7 @@ class Plan:
 
     def __init__(self, weight, activation, grad, weight_back, activation_back, dgrad, wgrad, product):
         from mxfp4_kernels.container.reference import fits, fits_rows
+        from mxfp4_kernels.matmul import fp8 as kernels
 
         grad = grad if fits(grad) else None
         self.dgrad = dgrad == "mx" and grad is not None and fits(weight_back)
@@ -71,82 +73,87 @@ class Plan:
         used = [weight, activation, *([grad] if self.dgrad or self.wgrad else [])]
         self.whole_rows = all(fits_rows(r) for r in used)
         self.fast = product == "fp8_fast"
-        self.of_weight = {"rows": weight, "columns": weight_back if self.dgrad else None}
-        self.of_input = {"rows": activation, "columns": activation_back if self.wgrad else None}
-        self.of_grad = {"rows": grad if self.dgrad else None, "columns": grad if self.wgrad else None}
+        self.keeps_input = wgrad == "ste"
+        self.of_weight = weight, weight_back if self.dgrad else None
+        self.of_input = activation, activation_back if self.wgrad else None
+        self.grad, self.kernels = grad, kernels
 
     def operands(self, x, rows=None, columns=None, operand_dtype=None):
         """`mxfp4_kernels.matmul.fp8.operands` of this plan."""
-        from mxfp4_kernels.matmul.fp8 import operands
-
-        return operands(x, rows, columns, operand_dtype, self.whole_rows)
+        return self.kernels.operands(x, rows, columns, operand_dtype, self.whole_rows)
 
     def product(self, a, b, dtype, bias=None):
         """`mxfp4_kernels.matmul.fp8.product` of this plan."""
-        from mxfp4_kernels.matmul.fp8 import product
-
-        return product(a, b, dtype, bias, fast=self.fast)
+        return self.kernels.product(a, b, dtype, bias, None, self.fast)
 
 
-_plan = functools.cache(Plan)  # asked for at every forward
+_plan = functools.cache(Plan)
+_plans: dict[int, tuple[ModelRecipe, Plan]] = {}  # by a recipe's identity: asked for at every forward
 
 
 def plan_for(recipe: ModelRecipe) -> Plan:
     """The plan of a layer; read only, since layers share it."""
-    backward = (recipe.in_backward(operand) if recipe.grad else None for operand in ("weight", "activation"))
-    return _plan(recipe.weight, recipe.activation, recipe.grad, *backward, recipe.dgrad, recipe.wgrad, recipe.product)
+    known = _plans.get(id(recipe))
+    if known is None:
+        backward = (recipe.in_backward(operand) if recipe.grad else None for operand in ("weight", "activation"))
+        plan = _plan(recipe.weight, recipe.activation, recipe.grad, *backward, recipe.dgrad, recipe.wgrad, recipe.product)
+        known = _plans[id(recipe)] = recipe, plan
+    return known[1]
+
+
+def matmul(x, w, b, recipe, plan, of_input, of_weight, stats):
+    """`FP8Matmul`, without autograd where nothing wants a gradient.
+
+    `of_input` is (x, x^T, x_hat) and `of_weight` (w, w^T, w_hat), as `plan.operands` makes them; what is None is not needed.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (b is not None and b.requires_grad)):
+        return FP8Matmul.apply(x, w, b, (recipe, plan, of_input, of_weight, stats))
+    return plan.product(of_input[0], of_weight[0], x.dtype, b if b is None else b.to(x.dtype))
 
 
 class FP8Matmul(torch.autograd.Function):
     """Y = x_hat w_hat^T + b and its backward products, for x (tokens, in) in the compute dtype.
 
-    x, w and b carry the gradients. `of_input` is (x, x^T, x_hat) and `of_weight` (w, w^T, w_hat), as `plan.operands`
-    makes them; what is None is not needed.
+    x, w and b carry the gradients. `layer` is the rest of `matmul`'s arguments, as one: autograd looks at each.
     """
 
     @staticmethod
-    def forward(ctx, x, w, b, recipe, plan, of_input, of_weight, stats):
-        ctx.recipe, ctx.plan, ctx.stats = recipe, plan, stats
-        ctx.weight_dtype, ctx.bias_dtype = w.dtype, b.dtype if b is not None else None
-        x_t, w_t = of_input[1] if ctx.needs_input_grad[1] else None, of_weight[1] if ctx.needs_input_grad[0] else None
-        ctx.templates = tuple(operand and operand.template() for operand in (x_t, w_t))
+    def forward(ctx, x, w, b, layer):
+        recipe, plan, of_input, of_weight, stats = layer
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        x_t, w_t = of_input[1] if needs_w else None, of_weight[1] if needs_x else None
         # Through autograd, so that checkpointing and offloading see it, and changes before the backward are noticed.
-        saved = [*_saved(x_t, of_input[2], x, ctx.needs_input_grad[1])]
-        ctx.of_input = len(saved)
-        ctx.save_for_backward(*saved, *_saved(w_t, of_weight[2], w, ctx.needs_input_grad[0]))
+        of_x, of_w = _saved(x_t, of_input[2], x, needs_w), _saved(w_t, of_weight[2], w, needs_x)
+        ctx.save_for_backward(*of_x, *of_w)
+        templates = x_t and x_t.template(), w_t and w_t.template()
+        ctx.step = recipe, plan, stats, *templates, len(of_x), w.dtype, b if b is None else b.dtype
         return plan.product(of_input[0], of_weight[0], x.dtype, b if b is None else b.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        plan, recipe = ctx.plan, ctx.recipe
+        recipe, plan, stats, x_t, w_t, count, weight_dtype, bias_dtype = ctx.step
+        needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         g = g.contiguous()
         dx = dw = db = None
         saved = ctx.saved_tensors  # once: a checkpoint gives them out only once
-        of_x, of_w = saved[: ctx.of_input], saved[ctx.of_input :]
-        x_t, w_t = (t and t.with_tensors(s) for t, s in zip(ctx.templates, (of_x, of_w), strict=True))
-        wanted = {"rows": w_t and plan.of_grad["rows"], "columns": x_t and plan.of_grad["columns"]}
-        rows, columns, _ = plan.operands(g, **wanted) if any(wanted.values()) else (None, None, None)
-        if ctx.needs_input_grad[0]:
-            if w_t is not None:
-                dx = plan.product(rows, w_t, g.dtype)
-            else:
-                (w,) = of_w  # "ste": quantised already
-                w = w.to(g.dtype)
-                dx = operand(g, recipe.grad) @ (operand(w, recipe.in_backward("weight"), axis=0) if recipe.dgrad == "mx" else w)
-        if ctx.needs_input_grad[1]:
-            if x_t is not None:
-                dw = plan.product(columns, x_t, g.dtype)
-            else:
-                (x,) = of_x
-                x = operand(x, recipe.in_backward("activation"), axis=0) if recipe.wgrad == "mx" else x
-                dw = operand(g, recipe.grad, axis=0).t() @ x
-            dw = dw.to(ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            db = g.sum(0).to(ctx.bias_dtype)
-        if ctx.stats is not None:
-            ctx.stats.measure("grad", g, recipe.grad)
-        return dx, dw, db, None, None, None, None, None
+        if w_t is not None or x_t is not None:
+            rows, columns, _ = plan.operands(g, w_t and plan.grad, x_t and plan.grad)
+        if w_t is not None:
+            dx = plan.product(rows, w_t.with_tensors(saved[count:]), g.dtype)
+        elif needs_x:
+            w = saved[count].to(g.dtype)  # "ste": quantised already
+            dx = operand(g, recipe.grad) @ (operand(w, recipe.in_backward("weight"), axis=0) if recipe.dgrad == "mx" else w)
+        if x_t is not None:
+            dw = plan.product(columns, x_t.with_tensors(saved[:count]), g.dtype).to(weight_dtype)
+        elif needs_w:
+            x = operand(saved[0], recipe.in_backward("activation"), axis=0) if recipe.wgrad == "mx" else saved[0]
+            dw = (operand(g, recipe.grad, axis=0).t() @ x).to(weight_dtype)
+        if needs_b:
+            db = g.sum(0).to(bias_dtype)
+        if stats is not None:
+            stats.measure("grad", g, recipe.grad)
+        return dx, dw, db, None
 
 
 def _saved(transposed, dequantised, plain, needed):

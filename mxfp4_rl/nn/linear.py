@@ -116,19 +116,22 @@ class MXFP4Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _fp8_forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        plan = fp8.plan_for(self.recipe)
-        needed = dict(plan.of_input)
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            needed["columns"] = None
-        elif self.recipe.wgrad == "ste":
-            needed["operand_dtype"] = x.dtype
+        tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        weight, plan = self.weight, fp8.plan_for(self.recipe)
+        rows, columns = plan.of_input
+        dtype = None
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            columns = None
+        elif plan.keeps_input:
+            dtype = x.dtype
         of_input = _shared_input(
-            x, (plan.whole_rows, *needed.values()), lambda own: plan.operands(own.reshape(tokens.shape), **needed)
+            x,
+            (plan.whole_rows, rows, columns, dtype),
+            lambda own: plan.operands(own if own.ndim == 2 else own.reshape(tokens.shape), rows, columns, dtype),
         )
         of_weight = self.weight_operands(plan, x.dtype)
-        y = fp8.FP8Matmul.apply(tokens, self.weight, self.bias, self.recipe, plan, of_input, of_weight, self.stats)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = fp8.matmul(tokens, weight, self.bias, self.recipe, plan, of_input, of_weight, self.stats)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
@@ -148,37 +151,45 @@ class MXFP4Linear(nn.Linear):
 
         def make(w):
             self._held.pop("operand", None)  # that a weight sync left: nothing reads it any more
-            # Of a copy: what FSDP gathered for this forward is freed after it.
-            return plan.operands(w.clone(), **plan.of_weight, operand_dtype=dtype if self.recipe.dgrad == "ste" else None)
+            # Of a copy: what FSDP gathered for this forward is freed after it. In another dtype it is one already.
+            w = w.clone() if self.weight.dtype == dtype else w
+            return plan.operands(w, *plan.of_weight, dtype if self.recipe.dgrad == "ste" else None)
 
         return self._kept("operands", dtype, make)
 
     def _kept(self, kind, dtype: torch.dtype, make):
         """`make(weight in dtype)`, made once for a state of the weight; in a CUDA graph each time it is replayed."""
-        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make(self.weight.detach().to(dtype))
+        weight = self.weight
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make(weight.detach().to(dtype))
         key = self._key(dtype)
         if self._held_key != key:
-            self._held, self._held_key = {}, key
+            self._hold({}, key)
         if kind not in self._held:
-            with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
-                self._held[kind] = make(self.weight.detach().to(dtype))
+            self._held[kind] = _made(make, weight, dtype)
         return self._held[kind]
+
+    def _hold(self, held, key) -> None:
+        vars(self).update(_held=held, _held_key=key)  # nn.Module's own way looks for parameters first, for 3 us
 
     def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
         """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
-        self._held, self._held_key = {"operand": packed.dequantize(dtype)}, self._key(dtype)
+        if self.recipe.in_fp8 and fp8.runs_on(packed.codes.device, dtype):
+            self.release()  # FP8 products have operands of another kind, made of the same bits
+        else:
+            self._hold({"operand": packed.dequantize(dtype)}, self._key(dtype))
 
     def release(self) -> None:
         """Forget the kept operand; the next forward quantises the weight again."""
-        self._held, self._held_key = {}, None
+        self._hold({}, None)
 
     def _key(self, dtype):
         # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
         # that the optimiser never touches; the count of optimiser steps covers that case.
-        sharded = hasattr(self.weight, "to_local") or getattr(self, "gathered", False)
-        unversioned = sharded or self.weight.is_inference()
-        version = None if unversioned else (self.weight.data_ptr(), self.weight._version)
+        weight = self.weight
+        sharded = (type(weight) is not nn.Parameter and hasattr(weight, "to_local")) or vars(self).get("gathered", False)
+        unversioned = sharded or weight.is_inference()
+        version = None if unversioned else (weight.data_ptr(), weight._version)
         return dtype, self.recipe, _optimizer_steps, version
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -222,6 +233,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _made(make, t: torch.Tensor, dtype: torch.dtype):
+    """`make(t in dtype)`, outside of autograd and to be kept: for training passes too, if this is inference."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return make(t.detach().to(dtype))
+    return make(t.detach().to(dtype))
+
+
 class _LastInput:
     """What was made of the last input. Query, key and value (gate and up) read the same tensor: it is quantised once."""
 
@@ -238,9 +257,8 @@ class _LastInput:
         key = (key, x._version)
         if self.source() is not x or self.key != key:
             self.made = None
-            with torch.inference_mode(False), torch.no_grad():  # kept for training passes too
-                made = make(x.detach())
-            self.source, self.key, self.made = weakref.ref(x, self._forget), key, made
+            self.made = _made(make, x, x.dtype)
+            self.source, self.key = weakref.ref(x, self._forget), key
         return self.made
 
     def _forget(self, reference):

@@ -9,6 +9,9 @@ are independent again.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +36,6 @@ from mxfp4_kernels.device import (
     exp2_byte,
     inverse_scale,
     largest_magnitude,
-    launches,
     load_columns,
     load_tile,
     over_factor,
@@ -42,6 +44,7 @@ from mxfp4_kernels.device import (
     two_passes,
     unsupported,
 )
+from mxfp4_kernels.launch import Launch, Part, Prepared, empty, zeros
 from mxfp4_rl.quant.quantizer import check
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -181,18 +184,124 @@ def _tile_kernel(
             _store_operand(x_hat, factor, operand_ptr, rows, columns, M, K, MACRO)
 
 
-def _empty(rows: int, length: int, group: int | None, device: torch.device) -> tuple[Container, torch.Tensor]:
-    """A container to be written, and the bits of its rows' largest magnitudes, zero as are its flags."""
-    n, long = padded(rows, MULTIPLE), padded(length, GROUP if group else MULTIPLE)
-    group = group or max(long, MULTIPLE)
-    zeros = torch.zeros(n + n // 4 + 4, dtype=torch.int32, device=device)
-    flags = zeros[n:].view(torch.uint8)
-    payload = torch.empty(n, long, dtype=torch.float8_e4m3fn, device=device)
-    scale = torch.empty(-(-long // group), n, dtype=torch.float32, device=device)
-    return Container(payload, scale, flags[:n], flags[n : n + 1], (rows, length), group), zeros[:n]
+class Side:
+    """What is known of a container before it is made: its sizes, and the matrix (rows, length) it will be made from.
+
+    Attributes:
+        strides, dtype, device: the matrix's.
+        shape, group: the container's. size, scales: of its payload and of its scales. flags: where they start in its buffer.
+    """
+
+    def __init__(self, x: torch.Tensor, recipe: QuantRecipe, group: int | None, flags: int):
+        rows, length = self.shape = tuple(x.shape)
+        self.strides, self.dtype, self.device, self.recipe, self.flags = x.stride(), x.dtype, x.device, recipe, flags
+        self.size = n, long = padded(rows, MULTIPLE), padded(length, GROUP if group else MULTIPLE)
+        self.group = group or max(long, MULTIPLE)
+        self.scales = -(-long // self.group), n
+
+    def empty(self, buffer: torch.Tensor) -> Written:
+        """A container to be written."""
+        payload, scale = empty(self.size, torch.float8_e4m3fn, self.device), empty(self.scales, torch.float32, self.device)
+        return Written(payload, scale, buffer, self)
 
 
-@launches
+class Written(Container):
+    """A container that a kernel wrote. Its flags are a part of a buffer, looked up where somebody asks for them."""
+
+    def __init__(self, payload: torch.Tensor, scale: torch.Tensor, buffer: torch.Tensor, side: Side):
+        self.payload, self.scale, self.buffer, self.side = payload, scale, buffer, side
+        self.shape, self.group = side.shape, side.group
+
+    @functools.cached_property
+    def wide(self) -> torch.Tensor:
+        return self.buffer.view(torch.uint8)[self.side.flags :][: self.side.size[0]]
+
+    @functools.cached_property
+    def any_wide(self) -> torch.Tensor:
+        return self.buffer.view(torch.uint8)[self.side.flags + self.side.size[0] :][:1]
+
+
+class _Job:
+    """`containers` for a kind of matrix: where everything goes, and the launches.
+
+    A buffer that starts as zeros holds the bits of the largest magnitudes of rows and of columns, then the flags of both, each
+    with `any_wide` behind.
+    """
+
+    def __init__(self, x, rows, columns, operand_dtype, whole_rows):
+        (M, K), self.operand_dtype = x.shape, operand_dtype
+        m_rows, k_rows, m_long, k_long = (padded(n, multiple) for multiple in (MULTIPLE, GROUP) for n in (M, K))
+        if whole_rows:
+            m_long, k_long = m_rows, k_rows
+        largest = [m_rows * 4 * (rows is not None), k_rows * 4 * (columns is not None)]
+        flags = sum(largest), sum(largest) + (m_rows + 16) * (rows is not None)
+        self.count = (flags[1] + (k_rows + 16) * (columns is not None)) // 4
+        groups = [None if whole_rows else group_of(r) for r in (rows or columns, columns or rows)]
+        self.first = Side(x, rows, groups[0], flags[0]) if rows is not None else None
+        self.second = Side(x.t(), columns, groups[1], flags[1]) if columns is not None else None
+        self.device, self.shape = x.device, (M, K)
+        # The tensors of a launch: x, the buffer, payload and scale of each side, the operand.
+        parts = iter(range(2, 7))
+        sides = []
+        for side, start in ((self.first, 0), (self.second, largest[0])):
+            own = (
+                [Part(next(parts), 0, torch.uint8), Part(next(parts)), Part(1, side.flags, torch.uint8)] if side else [None] * 3
+            )
+            sides.append([*own, Part(1, start, torch.int32) if side else None])
+        x_hat = Part(next(parts)) if operand_dtype is not None else None
+        self.launches = []
+        if not x.numel():
+            return
+        how, how_t = (constants(r) for r in (rows or columns, columns or rows))
+        strides = x.stride()
+        if whole_rows and columns is None and K <= _IN_REGISTERS:
+            wide = max(triton.next_power_of_2(k_rows), 256)
+            R = max(1, 2048 // wide)
+            self.launches.append(Launch(
+                _rows_kernel, (triton.cdiv(m_rows, R),),
+                [Part(0), *sides[0][:3], x_hat], (M, K, m_rows, k_rows, *strides),
+                CARRY=how["CARRY"], SHIFT=how["SHIFT"], OPERAND=x_hat is not None, R=R, BK=wide,
+                num_warps=max(2, min(16, R * wide // 1024)), enable_fp_fusion=False,
+            ))  # fmt: skip
+            return
+        which = {"ROWS": rows is not None, "COLUMNS": columns is not None}
+        if whole_rows:
+            self.launches.append(Launch(
+                _largest_kernel, (triton.cdiv(M, 64), triton.cdiv(K, 256)),
+                [Part(0), sides[0][3], sides[1][3]], (M, K, *strides),
+                **which, BM=64, BK=256, num_warps=8, enable_fp_fusion=False,
+            ))  # fmt: skip
+        macros = [how["GROUP"] * (rows is not None), how_t["GROUP"] * (columns is not None)]
+        tile = _tile(*macros, columns is not None and not whole_rows)
+        grid = triton.cdiv(m_rows if columns is None else max(m_rows, m_long), tile["BM"]), triton.cdiv(k_long, tile["BK"])
+        self.launches.append(Launch(
+            _tile_kernel, grid,
+            [Part(0), *sides[0], *sides[1], x_hat], (M, K, m_rows, k_rows, m_long, k_long, *strides),
+            CARRY=how["CARRY"], SHIFT=how["SHIFT"], MACRO=how["GROUP"], GROUP=groups[0] or 0,
+            CARRY_T=how_t["CARRY"], SHIFT_T=how_t["SHIFT"], MACRO_T=how_t["GROUP"], GROUP_T=groups[1] or 0,
+            **which, OPERAND=x_hat is not None, LARGEST=how["LARGEST"], enable_fp_fusion=False, **tile,
+        ))  # fmt: skip
+
+    def __call__(self, x: torch.Tensor) -> tuple[Container | None, Container | None, torch.Tensor | None]:
+        buffer = zeros(self.count, self.device)
+        tensors, made, x_hat = [x, buffer], [], None
+        for side in (self.first, self.second):
+            if side is not None:
+                made.append(container := side.empty(buffer))
+                tensors += container.payload, container.scale
+            else:
+                made.append(None)
+        if self.operand_dtype is not None:
+            x_hat = empty(self.shape, self.operand_dtype, self.device)
+            tensors.append(x_hat)
+        for launch in self.launches:
+            launch(*tensors)
+        return *made, x_hat
+
+
+_jobs = Prepared()
+
+
 def containers(
     x: torch.Tensor,
     rows: QuantRecipe | None = None,
@@ -215,6 +324,13 @@ def containers(
         ValueError: not a matrix, no recipe, containers do not hold one (see `fits`, `fits_rows`), or an operand without `rows`.
         TypeError: another dtype.
     """
+    key = (id(rows), id(columns), operand_dtype, whole_rows, x.shape, x.stride(), x.dtype, x.device)
+    known = _jobs.get(key) or _jobs.keep(key, (_job(x, rows, columns, operand_dtype, whole_rows), rows, columns))
+    return known[0](x)
+
+
+def _job(x, rows, columns, operand_dtype, whole_rows) -> Callable[[torch.Tensor], tuple]:
+    """What `containers` does with tensors like x; errors as there."""
     if x.ndim != 2:
         raise ValueError(
             f"a container holds a matrix, not a tensor of shape {tuple(x.shape)}: reshape it to (tokens, features)"
@@ -230,53 +346,22 @@ def containers(
         raise ValueError("an operand is quantised by `rows`: give that recipe too")
     if rows is not None and columns is not None and _LARGE_MACRO in (macro_size(rows), macro_size(columns)):
         # A tile of both would be 256 x 256, more than the registers hold.
-        first, _, x_hat = containers(x, rows=rows, operand_dtype=operand_dtype)
-        return first, containers(x, columns=columns)[1], x_hat
+        of_rows, of_columns = _job(x, rows, None, operand_dtype, False), _job(x, None, columns, None, False)
+
+        def apart(x):
+            first, _, x_hat = of_rows(x)
+            return first, of_columns(x)[1], x_hat
+
+        return apart
     if x.stride(0) == 1 and x.stride(1) != 1 and operand_dtype is None:  # a transposed view: neighbours lie along its columns
-        second, first, _ = containers(x.t(), columns, rows, whole_rows=whole_rows)
-        return first, second, None
-    M, K = x.shape
-    groups = [None if whole_rows else group_of(r) for r in (rows or columns, columns or rows)]
-    first, largest = _empty(M, K, groups[0], x.device) if rows is not None else (None, None)
-    second, largest_t = _empty(K, M, groups[1], x.device) if columns is not None else (None, None)
-    x_hat = torch.empty(M, K, dtype=operand_dtype, device=x.device) if operand_dtype is not None else None
-    size = (M, K, x.stride(0), x.stride(1))
-    if not x.numel():
-        pass
-    elif whole_rows and columns is None and K <= _IN_REGISTERS:
-        _launch_rows(x, first, x_hat, constants(rows))
-    else:
-        how, how_t = (constants(r) for r in (rows or columns, columns or rows))
-        views = [(c.payload.view(torch.uint8), c.scale, c.wide) if c is not None else (None,) * 3 for c in (first, second)]
-        sides = {"ROWS": rows is not None, "COLUMNS": columns is not None}
-        if whole_rows:
-            _largest_kernel[triton.cdiv(M, 64), triton.cdiv(K, 256)](
-                x, largest, largest_t, *size, **sides, BM=64, BK=256, num_warps=8, enable_fp_fusion=False
-            )
-        m_rows, k_rows, m_long, k_long = (padded(n, multiple) for multiple in (MULTIPLE, GROUP) for n in (M, K))
-        if whole_rows:
-            m_long, k_long = m_rows, k_rows
-        macros = [how["GROUP"] * (rows is not None), how_t["GROUP"] * (columns is not None)]
-        tile = _tile(*macros, columns is not None and not whole_rows)
-        grid = triton.cdiv(m_rows if columns is None else max(m_rows, m_long), tile["BM"]), triton.cdiv(k_long, tile["BK"])
-        _tile_kernel[grid](
-            x, *views[0], largest, *views[1], largest_t, x_hat, *size[:2], m_rows, k_rows, m_long, k_long, *size[2:],
-            CARRY=how["CARRY"], SHIFT=how["SHIFT"], MACRO=how["GROUP"], GROUP=groups[0] or 0,
-            CARRY_T=how_t["CARRY"], SHIFT_T=how_t["SHIFT"], MACRO_T=how_t["GROUP"], GROUP_T=groups[1] or 0,
-            **sides, OPERAND=x_hat is not None, LARGEST=how["LARGEST"], enable_fp_fusion=False, **tile,
-        )  # fmt: skip
-    return first, second, x_hat
+        transposed = _Job(x.t(), columns, rows, None, whole_rows)
 
+        def swapped(x):
+            second, first, _ = transposed(x.t())
+            return first, second, None
 
-def _launch_rows(x: torch.Tensor, first: Container, x_hat: torch.Tensor | None, how: dict) -> None:
-    (M, K), (n, long) = x.shape, first.payload.shape
-    wide = max(triton.next_power_of_2(long), 256)
-    rows = max(1, 2048 // wide)
-    _rows_kernel[(triton.cdiv(n, rows),)](
-        x, first.payload.view(torch.uint8), first.scale, first.wide, x_hat, M, K, n, long, x.stride(0), x.stride(1),
-        CARRY=how["CARRY"], SHIFT=how["SHIFT"], OPERAND=x_hat is not None, R=rows, BK=wide,
-        num_warps=max(2, min(16, rows * wide // 1024)), enable_fp_fusion=False,
-    )  # fmt: skip
+        return swapped
+    return _Job(x, rows, columns, operand_dtype, whole_rows)
 
 
 def _tile(macro: int, macro_t: int, columns: bool) -> dict[str, int]:

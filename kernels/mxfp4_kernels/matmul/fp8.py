@@ -12,6 +12,7 @@ Rows with blocks that do not fit a container are incomplete; `repair.py` compute
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -19,11 +20,42 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mxfp4_kernels.container.reference import GROUP, MULTIPLE, Container
-from mxfp4_kernels.container.triton import containers
+from mxfp4_kernels.container.triton import Written, containers
 from mxfp4_kernels.device import BLOCK, launches
+from mxfp4_kernels.launch import Prepared
 from mxfp4_kernels.matmul.operand import Operand
 from mxfp4_kernels.matmul.repair import repair
 from mxfp4_rl.recipe import QuantRecipe
+
+
+class FP8Operand(Operand):
+    """A matrix quantised along K by `operands`.
+
+    Attributes:
+        matrix: what the container was made from, or its transpose if `transposed`.
+    """
+
+    def __init__(self, matrix: torch.Tensor, recipe: QuantRecipe, container: Written, transposed: bool):
+        self.matrix, self.recipe, self.container, self.transposed = matrix, recipe, container, transposed
+
+    @property
+    def source(self) -> torch.Tensor:
+        return self.matrix.t() if self.transposed else self.matrix
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        container = self.container
+        return self.matrix, container.payload, container.scale, container.buffer
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> FP8Operand:
+        matrix, payload, scale, buffer = tensors
+        side = self.container.side
+        strides = side.strides[::-1] if self.transposed else side.strides
+        if matrix.stride() != strides:  # it was away, in a CPU's memory or so, and came back as another one
+            matrix = torch.empty_strided(matrix.shape, strides, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
+        return FP8Operand(matrix, self.recipe, Written(payload, scale, buffer, side), self.transposed)
+
+    def template(self) -> FP8Operand:
+        return FP8Operand(None, self.recipe, Written(None, None, None, self.container.side), self.transposed)
 
 
 def operands(
@@ -32,20 +64,15 @@ def operands(
     columns: QuantRecipe | None = None,
     operand_dtype: torch.dtype | None = None,
     whole_rows: bool = False,
-) -> tuple[Operand | None, Operand | None, torch.Tensor | None]:
+) -> tuple[FP8Operand | None, FP8Operand | None, torch.Tensor | None]:
     """`containers` of x (M, K) and x^T (K, M) as operands of products, and x_hat; args, result and errors as there."""
     first, second, x_hat = containers(x, rows, columns, operand_dtype, whole_rows)
-    return (
-        Operand(x, rows, first) if first is not None else None,
-        Operand(x.t(), columns, second) if second is not None else None,
-        x_hat,
-    )
+    return first and FP8Operand(x, rows, first, False), second and FP8Operand(x, columns, second, True), x_hat
 
 
-@launches
 def product(
-    a: Operand,
-    b: Operand,
+    a: FP8Operand,
+    b: FP8Operand,
     out_dtype: torch.dtype = torch.bfloat16,
     bias: torch.Tensor | None = None,
     backend: str | None = None,
@@ -63,27 +90,53 @@ def product(
     Raises:
         ValueError: K differs, the bias has no N numbers, or the backend does not exist or cannot compute it.
     """
-    (M, K), (N, other) = a.container.shape, b.container.shape
-    if other != K:
-        raise ValueError(f"A has {K} columns and B {other}: both are contracted")
-    if a.container.payload.shape[1] != b.container.payload.shape[1]:
-        raise ValueError("one side has a scale a row and the other a scale every 128 elements: make both alike")
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, _BACKENDS))}, None")
     if bias is not None:
-        if bias.shape != (N,):
-            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
         bias = bias.detach().contiguous()
-    if not (M and N and K):
-        y = torch.zeros(M, N, dtype=out_dtype, device=a.source.device)
-        return y if bias is None else y + bias.to(out_dtype)
-    compute = _BACKENDS[backend or _best(a.container, b.container, out_dtype)]
-    padded = compute(a.container, b.container, out_dtype, bias, fast)
-    # Without the padding, and not a view: autograd lets nobody change in place a view that a Function returns.
-    y = padded.new_empty(0).set_(padded.untyped_storage(), 0, (M, N), padded.stride())
-    if not a.container.group == b.container.group == BLOCK:  # one block a group: every group fits
-        repair(a, b, y, bias)
-    return y
+    sides = a.container.side, b.container.side
+    key = (id(sides[0]), id(sides[1]), out_dtype, bias is not None and (bias.shape, bias.dtype), backend, fast)
+    known = _products.get(key) or _products.keep(key, (_Product(a, b, out_dtype, bias, backend, fast), sides))
+    return known[0](a, b, bias)
+
+
+class _Product:
+    """`product` for operands that were made by the same two jobs; args and errors as there."""
+
+    def __init__(self, a, b, out_dtype, bias, backend, fast):
+        (M, K), (N, other) = a.container.shape, b.container.shape
+        if other != K:
+            raise ValueError(f"A has {K} columns and B {other}: both are contracted")
+        if a.container.payload.shape[1] != b.container.payload.shape[1]:
+            raise ValueError("one side has a scale a row and the other a scale every 128 elements: make both alike")
+        if backend is not None and backend not in _BACKENDS:
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, _BACKENDS))}, None")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {N} output columns")
+        self.shape, self.out_dtype, self.fast = (M, N), out_dtype, fast
+        self.empty = not (M and N and K)
+        self.compute = _BACKENDS[backend or _best(a.container, b.container, out_dtype)]
+        if self.compute is row_wise and a.container.payload.is_cuda and not self.empty:
+            _check_row_wise(a.container, b.container)
+            _check_bfloat16(out_dtype)
+            self.compute = _scaled
+        # One block a group: every group fits.
+        self.whole = a.container.group == b.container.group == BLOCK
+        self.repair = None
+
+    def __call__(self, a, b, bias):
+        if self.empty:
+            y = torch.zeros(self.shape, dtype=self.out_dtype, device=a.matrix.device)
+            return y if bias is None else y + bias.to(self.out_dtype)
+        y = self.compute(a.container, b.container, self.out_dtype, bias, self.fast)
+        if y.shape != self.shape:  # without the padding, and not a view: autograd lets nobody change a Function's in place
+            y = y.new_empty(0).set_(y.untyped_storage(), 0, self.shape, y.stride())
+        if not self.whole:
+            if self.repair is None:
+                self.repair = repair(a.container.side, b.container.side, y, bias)
+            self.repair(a.matrix, b.matrix, a.container.buffer, b.container.buffer, y, *(() if bias is None else (bias,)))
+        return y
+
+
+_products = Prepared()
 
 
 def _best(a: Container, b: Container, out_dtype: torch.dtype) -> str:
@@ -115,29 +168,35 @@ def row_wise(a, b, out_dtype: torch.dtype, bias: torch.Tensor | None = None, fas
     Raises:
         ValueError: K differs, K or N is no multiple of 16, a row has several scales, or on a GPU another output than bfloat16.
     """
-    (M, K), (N, other) = a.payload.shape, b.payload.shape
+    _check_row_wise(a, b)
+    (M, K), N = a.payload.shape, b.payload.shape[0]
+    if not (M and N and K):
+        return torch.zeros(M, N, dtype=out_dtype, device=a.payload.device)
+    if not a.payload.is_cuda:
+        return _reference(a, b, out_dtype, bias)
+    _check_bfloat16(out_dtype)
+    return _scaled(a, b, out_dtype, bias, fast)
+
+
+def _check_row_wise(a, b) -> None:
+    K, (N, other) = a.payload.shape[1], b.payload.shape
     if other != K:
         raise ValueError(f"A has {K} columns and B {other}: both are contracted")
     if not _share_scales(a, b):
         raise ValueError("a row-wise product has a scale a row: make containers of whole rows")
     if K % MULTIPLE or N % MULTIPLE:
         raise ValueError(f"K={K} and N={N} must be multiples of {MULTIPLE} for an FP8 product: multiply in BF16")
-    if not (M and N and K):
-        return torch.zeros(M, N, dtype=out_dtype, device=a.payload.device)
-    if not a.payload.is_cuda:
-        return _reference(a, b, out_dtype, bias)
-    _check_bfloat16(out_dtype)
-    own = bias is not None and bias.dtype == torch.bfloat16  # the product's own bias has to be
-    y = torch._scaled_mm(
-        a.payload,
-        b.payload.t(),
-        scale_a=a.scale.t(),
-        scale_b=b.scale,
-        bias=torch.nn.functional.pad(bias, (0, N - bias.shape[0])) if own else None,
-        out_dtype=out_dtype,
-        use_fast_accum=fast,
-    )
-    if bias is not None and not own:
+
+
+def _scaled(a, b, out_dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
+    """`row_wise` on a GPU, unchecked."""
+    if bias is None:
+        return torch._scaled_mm(a.payload, b.payload.t(), a.scale.t(), b.scale, None, None, out_dtype, fast)
+    N = b.payload.shape[0]
+    own = bias.dtype == torch.bfloat16  # the product's own bias has to be
+    pad = torch.nn.functional.pad(bias, (0, N - bias.shape[0])) if own else None
+    y = torch._scaled_mm(a.payload, b.payload.t(), a.scale.t(), b.scale, pad, None, out_dtype, fast)
+    if not own:
         y[:, : bias.shape[0]].add_(bias)
     return y
 
@@ -193,6 +252,7 @@ def _product_kernel(
 _WHOLE = 1 << 30  # elements of a row: there is one scale
 
 
+@launches
 def _triton(a: Container, b: Container, out_dtype, bias, fast=False, **tile: int) -> torch.Tensor:
     (M, K), N = a.payload.shape, b.payload.shape[0]
     y = torch.empty(M, N, dtype=out_dtype, device=a.payload.device)

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mxfp4_kernels.container.triton import Side
 from mxfp4_kernels.device import constants, exp2_byte, load_tile, over_factor, two_passes
-from mxfp4_kernels.matmul.operand import Operand
+from mxfp4_kernels.launch import Launch, Part
 
 
 @triton.jit
@@ -93,14 +94,19 @@ def _repair_kernel(
             )  # fmt: skip
 
 
-def repair(a: Operand, b: Operand, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """Overwrite the rows and columns of y (M, N) = A B^T + bias that the operands' containers left out, if there are any."""
-    (M, N), K = y.shape, a.source.shape[1]
+def repair(a: Side, b: Side, y: torch.Tensor, bias: torch.Tensor | None = None) -> Launch:
+    """A launch that overwrites the rows and columns of y (M, N) = A B^T + bias that the containers of A and B left out.
+
+    It takes both matrices, the containers' buffers, y, and the bias if there is one.
+    """
+    (M, N), K = y.shape, a.shape[1]
     how_a, how_b = constants(a.recipe), constants(b.recipe)
-    wide = [c.wide.view(torch.uint8) for c in (a.container, b.container)]
-    any_wide = [getattr(c, "any_wide", None) for c in (a.container, b.container)]
-    _repair_kernel[(min(triton.cdiv(max(M, N), 64), 264), 2)](
-        a.source, b.source, *wide, *any_wide, bias, y, M, N, K, *a.source.stride(), *b.source.stride(), *y.stride(),
+    flags = [Part(i, side.flags, torch.uint8) for i, side in ((2, a), (3, b))]
+    any_flag = [Part(i, side.flags + side.size[0], torch.uint8) for i, side in ((2, a), (3, b))]
+    return Launch(
+        _repair_kernel, (min(triton.cdiv(max(M, N), 64), 264), 2),
+        [Part(0), Part(1), *flags, *any_flag, Part(5) if bias is not None else None, Part(4)],
+        (M, N, K, *a.strides, *b.strides, *y.stride()),
         CARRY_A=how_a["CARRY"], SHIFT_A=how_a["SHIFT"], MACRO_A=how_a["GROUP"],
         CARRY_B=how_b["CARRY"], SHIFT_B=how_b["SHIFT"], MACRO_B=how_b["GROUP"], LARGEST=how_a["LARGEST"],
         BN=64, BK=32 * max(2, how_a["GROUP"], how_b["GROUP"]), FLAGS=4096, num_warps=4, enable_fp_fusion=False,
