@@ -36,3 +36,15 @@ def test_only_adapters_learn_and_gradients_pass_the_quantised_base():
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
         assert parameter.grad is None or parameter.grad.abs().sum() > 0
+
+
+def test_the_base_is_quantised_once_and_adapters_step():
+    model = adapted(ModelRecipe())
+    layer, optimizer = (
+        converted_layers(model)["q_proj"],
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1),
+    )
+    before = layer.weight_operand(torch.float32)
+    model(torch.randn(5, 64)).sum().backward()
+    optimizer.step()
+    assert layer.weight_operand(torch.float32) is before

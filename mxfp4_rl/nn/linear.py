@@ -190,7 +190,8 @@ class MXFP4Linear(nn.Linear):
         sharded = (type(weight) is not nn.Parameter and hasattr(weight, "to_local")) or vars(self).get("gathered", False)
         unversioned = sharded or weight.is_inference()
         version = None if unversioned else (weight.data_ptr(), weight._version)
-        return dtype, self.recipe, _optimizer_steps, version
+        steps = _optimizer_steps if weight.requires_grad else None  # the base of LoRA adapters stays
+        return dtype, self.recipe, steps, version
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
