@@ -14,6 +14,7 @@ from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.quant import fake_quantize
 
 ALONG_K, ALONG_N = Plan(32, 4, True, 1), Plan(64, 4, False, 1)
+QUARTERS = [Plan(32, 4, True, 1, True), Plan(64, 4, False, 2, True)]
 
 
 def operands(M, N, K, name="mxfp4", seed=0):
@@ -35,8 +36,8 @@ def close(y, x, w, bias=None, operand=0.0):
     assert y.shape == exact.shape and ((y.cpu().double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("how", [ALONG_K, ALONG_N, Plan(16, 16, True, 3), Plan(128, 8, False, 6)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 70, 896), (3, 40, 576), (16, 33, 32), (17, 130, 300)], ids=str)
+@pytest.mark.parametrize("how", [ALONG_K, ALONG_N, *QUARTERS, Plan(16, 16, True, 3), Plan(128, 8, False, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70, 896), (3, 40, 576), (16, 33, 32), (17, 130, 300), (40, 70, 640)], ids=str)
 def test_products_are_those_of_the_dequantised_weight(shape, how):
     x, w = operands(*shape)
     bias = torch.randn(shape[1])
@@ -46,7 +47,7 @@ def test_products_are_those_of_the_dequantised_weight(shape, how):
         close(decode_product(x.to(DEVICE), w.to(DEVICE), bias.to(DEVICE), how=how), x, w, bias)
 
 
-@pytest.mark.parametrize("how", [ALONG_K, ALONG_N], ids=str)
+@pytest.mark.parametrize("how", [ALONG_K, ALONG_N, *QUARTERS], ids=str)
 @pytest.mark.parametrize("largest", [128, 255])
 def test_every_code_at_every_scale(how, largest):
     """One code a row of W, at one scale; the rows of X pick single columns, so every sum is one exact product.
@@ -70,7 +71,7 @@ def test_every_code_at_every_scale(how, largest):
     assert y[:, broken].isnan().all() and (y[:, ~broken].count_nonzero(0) == (expected[~broken] != 0)).all()
 
 
-@pytest.mark.parametrize("how", [ALONG_K._replace(SPLIT=2), ALONG_N], ids=str)
+@pytest.mark.parametrize("how", [ALONG_K._replace(SPLIT=2), ALONG_N, *QUARTERS], ids=str)
 @pytest.mark.parametrize("name", ["mxfp4+mbs", "mxfp4+mbs32", "mxfp4+mbs96-dynamic", "mxfp4+of0.5", "mxfp4+mbs256+of0.3"])
 def test_macro_blocks_and_fallback(name, how):
     x, w = operands(5, 40, 576, name)

@@ -29,21 +29,32 @@ class Plan(NamedTuple):
     W: int  # warps of a program; 4, 8 or 16 if they share the rows
     ALONG_K: bool  # they share the contraction instead
     SPLIT: int  # programs that share the contraction
+    QUARTERS: bool = False  # X goes from memory to the tensor core a quarter of a chunk at a time, whatever the warps share
 
     def rows(self, M: int) -> int:
         """What M is padded to."""
-        return max(8 if self.ALONG_K else 16, triton.next_power_of_2(M))
+        return max(8 if self.ALONG_K or self.QUARTERS else 16, triton.next_power_of_2(M))
 
 
 @functools.cache
-def plan(M: int, N: int, K: int) -> Plan:
+def plan(M: int, N: int, K: int, macro: bool = False, residual: bool = False) -> Plan:
     """The plan that should be fastest on an H100: a rule drawn from sweeps of all plans over the products of two models.
 
-    Few rows: a tile of 16 outputs, and as many warps along the contraction as leave every multiprocessor work. More: tiles of
-    128 outputs, or 64 of narrow weights, and as many programs along the contraction as run at once.
+    Up to 8 rows: a tile of 16 outputs, and as many warps along the contraction as keep all processors busy. Up to 16, and
+    with macro blocks (of a multiple of 128) any number: in quarters. More: tiles of 128 outputs, or 64 of narrow weights.
+    As many programs share the contraction as run at once.
     """
     chunks = triton.cdiv(K, CHUNK)
     small = N <= 2560 and K <= 2048
+    if M > 8 and not residual and (M <= 16 or macro):
+        narrow = N <= 6144
+        if macro:
+            at_once = 4 if M <= 16 else 3 if narrow and M <= 32 else 2 if narrow else 6 if M <= 32 else 4
+            tile = (64, 2, False) if M > 32 and not narrow else (32, 4, True)
+        else:
+            tile, at_once = ((16, 8, True), 3) if narrow else ((32, 4, True), 4)
+        alone = chunks // tile[1] if tile[2] else chunks
+        return Plan(*tile, _split(triton.cdiv(N, tile[0]), alone // 2, at_once), True)
     if M <= 8 or (M <= 16 and small) or (M <= 32 and N <= 2048 and small):
         warps = 16 if N <= 4096 else 8 if N <= 8192 else 4
         if chunks % warps == 0:
@@ -58,7 +69,7 @@ def plan(M: int, N: int, K: int) -> Plan:
 
 def _split(tiles: int, most: int, at_once: int) -> int:
     """Programs that share the contraction of a tile, `most` at most: all run at once, `at_once` of them on a multiprocessor."""
-    fit = [split for split in (1, 2, 3, 4, 6, 8, 12, 16) if tiles * split <= _PROCESSORS * at_once and split <= most]
+    fit = [split for split in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if tiles * split <= _PROCESSORS * at_once and split <= most]
     return max(fit, default=1)
 
 
@@ -90,7 +101,7 @@ def decode_product(
         bias: (N,), any stride, or None.
         out_dtype: torch.bfloat16 or torch.float32.
         activation: quantise x along K with this recipe first (W4A4); None multiplies x as it is.
-        how: None for `plan(M, N, K)`.
+        how: None for `plan`'s.
 
     Raises:
         ValueError: shapes, types or devices that do not fit, more than 64 rows, a weight that was rotated or pre-scaled.
@@ -104,7 +115,8 @@ def decode_product(
     if activation is not None:
         x = fake_quantize(x, activation)
     words = _x_words(x.detach())
-    how = how or plan(M, N, K)
+    macro = w.macro is not None and w.macro_size % CHUNK == 0
+    how = how or plan(M, N, K, macro, w.residual is not None)
     tiles = triton.cdiv(N, how.BN)
     BM = how.rows(M)
     y = torch.empty(M, N, dtype=out_dtype, device=x.device)
@@ -120,7 +132,7 @@ def decode_product(
         M, N, words.shape[1] * 2, w.scales.shape[1], words.stride(0) // 4, w.alpha,
         BM=BM, BN=how.BN, W=how.W, ALONG_K=how.ALONG_K, SHARED=how.SPLIT > 1,
         MACRO=0 if w.macro is None else w.macro_size, RESIDUAL=second is not None,
-        EVEN=K % (CHUNK * (how.W if how.ALONG_K else 1)) == 0, ASM=_ASM,
+        EVEN=K % (CHUNK * (how.W if how.ALONG_K else 1)) == 0, ASM=_ASM, QUARTERS=how.QUARTERS,
         num_warps=how.W, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -16,6 +16,11 @@ One multiplication, by the scale * 2^126, gives the value exactly. Scales above 
 starts again and multiplies twice.
 
 Warps share the contraction (ALONG_K: mma, X in registers too, for the smallest M) or the rows (wgmma, X^T in shared memory).
+With QUARTERS they share either, and both operands are in registers (mma) however large M is: of a chunk's codes, which come a
+step ahead, one word a thread is multiplied at a time, with the 32 columns of X that belong to it, straight from memory. Nothing
+waits for a barrier, so a warp loads, unpacks and multiplies at once. X is read by every warp and comes from L1 mostly; a thread
+takes its word q ^ (t / 2) q-th, so that the four places of a row lie in different banks.
+
 Programs may share the contraction too; the last one to arrive adds their partial sums in a fixed order, so that results do not
 depend on the schedule. Neighbouring programs differ in their part of the contraction, so that those that meet on a
 multiprocessor, a multiple of 132 programs apart, mostly read the same X.
@@ -43,6 +48,18 @@ _TIMES = " ".join(f"fma.rn.bf16x2 ${n}, ${n}, FACTOR, z;" for n in range(4))
 _NARROW = tl.constexpr(_BITS + _TIMES.replace("FACTOR", "$5") + "}")
 _TWICE = "mov.b32 first, 0x7E807E80;" + _TIMES.replace("FACTOR", "first")  # 2^126
 _WIDE = tl.constexpr(_BITS + _TWICE + _TIMES.replace("FACTOR", "$5") + "}")
+
+# The same in the order of the columns: of each of the bytes 0 to 3 a pair (p = 0, 1). Three more instructions for four bytes,
+# but words of X are the tensor core's operand as they are.
+_BYTES = """{
+    .reg .b32 lo, hi, first, z;
+    and.b32 lo, $4, 0x0F0F0F0F; shr.u32 hi, $4, 4; and.b32 hi, hi, 0x0F0F0F0F; mov.b32 z, 0x80008000;
+""" + " ".join(
+    f"prmt.b32 ${n}, lo, hi, 0x{s}; mul.lo.u32 ${n}, ${n}, 0x1040; and.b32 ${n}, ${n}, 0x81C081C0;"
+    for n, s in enumerate(("C480", "D591", "E6A2", "F7B3"))
+)
+_NARROW_BYTES = tl.constexpr(_BYTES + _TIMES.replace("FACTOR", "$5") + "}")
+_WIDE_BYTES = tl.constexpr(_BYTES + _TWICE + _TIMES.replace("FACTOR", "$5") + "}")
 
 
 @triton.jit
@@ -145,8 +162,8 @@ def _load_pass(codes_ptr, scales_ptr, macro_ptr, at, row, block, K, NB, MACRO: t
     scale = _sorted(tl.load(scales_ptr + at) if EVEN else tl.load(scales_ptr + at, mask=block < NB, other=0)).to(tl.int32)
     factor = 1.0
     if MACRO > 0:
-        at = macro_ptr + row.to(tl.int64) * tl.cdiv(K, MACRO) + block // (MACRO // 32)
-        factor = _sorted(tl.load(at, mask=block < NB, other=1.0))
+        block = tl.minimum(block, NB - 1)  # where a chunk ends early, all have its factor
+        factor = _sorted(tl.load(macro_ptr + row.to(tl.int64) * tl.cdiv(K, MACRO) + block // (MACRO // 32)))
     return words, scale, factor
 
 
@@ -228,6 +245,135 @@ def _sums(
 
 
 @triton.jit
+def _word_values(words, scale, factor, MACRO: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
+    """A word of each block (t, g, W, R) -> the dot's first operand, (W, 8 R, 32), columns in order."""
+    W: tl.constexpr = words.shape[2]
+    R: tl.constexpr = words.shape[3]
+    if ASM and MACRO == 0:
+        pair = _scale_bits(scale) * 0x00010001 if WIDE else scale * 0x00800080 + 0x3F003F00
+        b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            _WIDE_BYTES if WIDE else _NARROW_BYTES, "=&r,=&r,=&r,=&r,r,r", [words, pair],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        v = _pairs(tl.join(tl.join(b0, b2), tl.join(b1, b3)))
+    else:
+        v = _values(tl.expand_dims(words, 4), scale, factor, MACRO, WIDE, ASM)
+        v = tl.permute(v, (0, 1, 2, 3, 4, 7, 5, 6))
+    return tl.reshape(tl.permute(tl.reshape(v, (4, 8, W, R, 2, 2, 2)), (2, 3, 1, 5, 0, 4, 6)), (W, R * 8, 32))
+
+
+@triton.jit
+def _by_row(acc, factor):
+    """Rows of acc (W, 8 R, BM) times factors (t, g, W, R), which are the same for all t. Nothing leaves its thread."""
+    W: tl.constexpr = acc.shape[0]
+    R: tl.constexpr = factor.shape[3]
+    BM: tl.constexpr = acc.shape[2]
+    f = tl.permute(factor, (2, 3, 1, 0))
+    f = tl.expand_dims(tl.expand_dims(f, 3), 5)
+    return tl.reshape(tl.reshape(acc, (W, R, 8, BM // 8, 4, 2)) * f, (W, R * 8, BM))
+
+
+@triton.jit
+def _quarter_sums(
+    acc, x_ptr, codes_ptr, scales_ptr, macro_ptr, M, N, K, NB, stride_x, zero,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr,
+    MACRO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc, (W, 8 R, BM), plus this program's part of y^T, and the largest scale byte of its part of W."""
+    R: tl.constexpr = acc.shape[1] // 8
+    CHUNKS: tl.constexpr = W if ALONG_K else 1  # of a step
+    WHOLE: tl.constexpr = MACRO > 0 and MACRO % 128 == 0  # a chunk has one factor, which its sum can take
+    INNER: tl.constexpr = 0 if WHOLE else MACRO
+    t = tl.arange(0, 4)[:, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None]
+    w = tl.arange(0, W)[None, None, :, None]
+    r = tl.arange(0, R)[None, None, None, :]
+    h = tl.arange(0, BM // 8)[None, None, None, :]
+    steps = tl.cdiv(NB, 4 * CHUNKS)
+    first = steps * tl.program_id(0) // tl.num_programs(0)
+    last = steps * (tl.program_id(0) + 1) // tl.num_programs(0)
+    chunk = first * CHUNKS + (w if ALONG_K else 0)
+
+    n0 = tl.program_id(1) * BN
+    row = tl.minimum(g + 8 * (r + (0 * w if ALONG_K else R * w)) + zero, N - 1 - n0)
+    block = _sorted(chunk * 4 + t + 0 * row)
+    row = _sorted(row + 0 * t)
+    at = tl.max_contiguous(row * NB + block, (1, 1, 1, 1))  # a thread loads its own scale, not four to hand on
+    start = n0.to(tl.int64) * NB  # `at` counts from here and has 32 bits
+    codes_ptr, scales_ptr = codes_ptr + start * 4, scales_ptr + start
+    if MACRO > 0:
+        macro_ptr += n0.to(tl.int64) * tl.cdiv(K, MACRO)
+
+    far = t // 2  # a thread's word in quarter q is number q ^ far
+    m = tl.minimum(g + 8 * h + zero, M - 1)
+    column = chunk * 128 + t * 32 + 0 * (m + w)
+    x_at = _sorted(m * stride_x * 4 + 0 * column)  # 32 bits; where in the row, 64: one multiplication adds them
+
+    largest = tl.zeros((4, 8, W, R), tl.int32)
+    below = tl.full((4, 8, W, R), 1.0, tl.float32)
+    words, scale, factor = _load_pass(codes_ptr, scales_ptr, macro_ptr, at, row, block, K, NB, MACRO, EVEN)
+    for step in tl.range(first, last, num_stages=1):
+        more = (step + 1 < last).to(tl.int32) * CHUNKS  # codes are loaded a step ahead; the last step loads its own again
+        at += 4 * more
+        block += 4 * more
+        next_words, next_scale, next_factor = _load_pass(codes_ptr, scales_ptr, macro_ptr, at, row, block, K, NB, MACRO, EVEN)
+        largest = tl.maximum(largest, scale)
+        if WHOLE:
+            acc = _by_row(acc, factor * below)
+            below = 1.0 / factor
+        even, odd = tl.split(tl.reshape(words, (4, 8, W, R, 2, 2)))
+        for q in tl.static_range(4):
+            low, high = tl.split(even if q % 2 == 0 else odd)
+            other_low, other_high = tl.split(odd if q % 2 == 0 else even)
+            word = tl.where(far == 0, low if q < 2 else high, other_low if q < 2 else other_high)
+            shift = 8 * (q + far if q % 2 == 0 else q - far)
+            x_now = x_ptr + _sorted((column + shift).to(tl.int64) // 2) + x_at
+            x = _load_words(x_now, _sorted(column + shift) < K, EVEN)
+            x = _x_quarter(x, ASM)
+            values = _word_values(word, scale, factor, INNER, WIDE, ASM)
+            acc = tl.dot(values, x, acc, input_precision="ieee")
+        words, scale, factor = next_words, next_scale, next_factor
+        column += 128 * CHUNKS
+    if WHOLE:
+        acc = _by_row(acc, below)
+    return acc, tl.max(largest)
+
+
+@triton.jit
+def _x_quarter(words, ASM: tl.constexpr):
+    """Words of X (t, m % 8, W, m / 8, 4) -> the second operand, (W, 32, BM), columns in order."""
+    W: tl.constexpr = words.shape[2]
+    H: tl.constexpr = words.shape[3]
+    if ASM:
+        x = _pairs(words)
+    else:
+        x = tl.join((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
+    return tl.reshape(tl.permute(tl.reshape(x, (4, 8, W, H, 2, 2, 2)), (2, 5, 0, 4, 6, 3, 1)), (W, 32, H * 8))
+
+
+@triton.jit
+def _in_quarters(
+    x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, zero,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr,
+    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What `_sums` gives. The residual is summed first, then times alpha the others' start: one sum has room in registers."""
+    acc = tl.zeros((W, BN if ALONG_K else BN // W, BM), tl.float32)
+    largest = 0
+    if RESIDUAL:
+        acc, largest = _quarter_sums(
+            acc, x_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, zero,
+            BM, BN, W, ALONG_K, MACRO, EVEN, WIDE, ASM,
+        )  # fmt: skip
+        acc *= alpha
+    acc, first_largest = _quarter_sums(
+        acc, x_ptr, codes_ptr, scales_ptr, macro_ptr, M, N, K, NB, stride_x, zero,
+        BM, BN, W, ALONG_K, MACRO, EVEN, WIDE, ASM,
+    )  # fmt: skip
+    return (acc if ALONG_K else tl.reshape(acc, (BN, BM))), tl.maximum(first_largest, largest)
+
+
+@triton.jit
 def _over_warps(acc):
     """(W, BN, BM) -> the sum over W: by halves, with one exchange through shared memory. (`tl.sum` has bank conflicts.)"""
     W: tl.constexpr = acc.shape[0]
@@ -245,16 +391,17 @@ def dot_kernel(
     x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr,
     M, N, K, NB, stride_x, alpha,
     BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, ALONG_K: tl.constexpr, SHARED: tl.constexpr,
-    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    MACRO: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, QUARTERS: tl.constexpr,
 ):  # fmt: skip
-    acc, largest = _sums(
+    sums: tl.constexpr = _in_quarters if QUARTERS else _sums
+    acc, largest = sums(
         x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, 0,
         BM, BN, W, ALONG_K, MACRO, RESIDUAL, EVEN, False, ASM,
     )  # fmt: skip
     if ASM and (MACRO == 0 or MACRO % 128 == 0):
         again = largest > 128  # the scale byte of 2
         if again:  # a zero that the compiler does not know makes it compute the addresses anew, not keep them in registers
-            acc, largest = _sums(
+            acc, largest = sums(
                 x_ptr, codes_ptr, scales_ptr, codes2_ptr, scales2_ptr, macro_ptr, M, N, K, NB, stride_x, alpha, largest >> 8,
                 BM, BN, W, ALONG_K, MACRO, RESIDUAL, EVEN, True, ASM,
             )  # fmt: skip
