@@ -36,7 +36,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from mxfp4_kernels.container.triton import containers
 from mxfp4_kernels.error_stats.triton import partial_sums
 from mxfp4_kernels.matmul import fp8, grouped, native, w8a8
-from mxfp4_kernels.matmul.decode import decode_product
+from mxfp4_kernels.matmul.decode import Plan, decode_product
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
 from mxfp4_kernels.quantize.dequantize import dequantize
 from mxfp4_kernels.quantize.triton import operand, packed
@@ -177,7 +177,7 @@ CASES = [
     Case(
         "product of whole rows",
         lambda: fp8.product(*(fp8.operands(meta(n, 4096), PLAIN, whole_rows=True)[0] for n in (512, 1024)), backend="triton"),
-        expect={"_product_kernel": WGMMA_FP8},
+        expect={"_product_kernel": WGMMA_FP8, "_repair_kernel": WGMMA},
     ),
     Case(
         "containers of groups, rows and columns",
@@ -198,12 +198,13 @@ CASES = [
         "product of groups",
         lambda: fp8.product(*(fp8.operands(meta(n, 4096), rows=MBS)[0] for n in (512, 1024)), backend="triton"),
         expect={"_product_kernel": WGMMA_FP8},
+        spilling={"_repair_kernel": 16},  # none with Triton 3.6
     ),
     Case(
         "containers of groups and their product, macro blocks of 256",
         lambda: fp8.product(*fp8.operands(meta(4096, 4096), MBS256, MBS256, torch.bfloat16)[:2], backend="triton"),
         expect={"_tile_kernel": TO_FP8, "_product_kernel": WGMMA_FP8},
-        spilling={"_repair_kernel": 314},
+        spilling={"_repair_kernel": 1344},
     ),
     Case("W8A8", lambda: w8a8.quantize_rows(meta(512, 4096)), expect={"_rows_kernel": TO_FP8}),
     Case("W8A8, long rows", lambda: w8a8.quantize_rows(meta(512, 20480)), expect={"_rows_kernel": TO_FP8}),
@@ -238,6 +239,18 @@ CASES = [
         "decode, one row, both corrections",
         lambda: decode_product(meta(1, 4096), tensor(4096, 4096, macro_size=128)),
         expect={"dot_kernel": MMA},
+    ),
+    Case(
+        "decode, 64 rows, in quarters",
+        lambda: decode_product(meta(64, 4096), tensor(4096, 4096), how=Plan(128, 4, False, 2, True)),
+        (80, 90),
+        {"dot_kernel": MMA},
+    ),
+    Case(
+        "decode, 64 rows, in quarters, both corrections",
+        lambda: decode_product(meta(64, 4096), tensor(4096, 4096, macro_size=128), how=Plan(128, 4, False, 2, True)),
+        expect={"dot_kernel": MMA},
+        spilling={"dot_kernel": 5},
     ),
     Case(
         "decode, 64 rows, both corrections, macro blocks of 32",

@@ -107,6 +107,77 @@ def test_rows_that_no_container_holds_are_multiplied_all_the_same(name, whole_ro
     assert_is_product(product(a, b, OUT, bias), a, b, bias, "cublas")
 
 
+def wide_sides(M, N, K, wide_a, wide_b, name="mxfp4", whole_rows=True):
+    """Operands (M, K) and (N, K) with so many wide rows, spread over each."""
+    rows = [[i * size // max(n, 1) for i in range(n)] for n, size in ((wide_a, M), (wide_b, N))]
+    x, w = matrices(M, N, K, *rows)
+    a, b = (operands(t, rows=QuantRecipe.parse(name), whole_rows=whole_rows)[0] for t in (x, w))
+    for operand, own in ((a, rows[0]), (b, rows[1])):
+        assert operand.container.wide.nonzero().flatten().tolist() == own
+    return a, b
+
+
+@pytest.mark.parametrize(
+    "wide", [(1, 0), (0, 1), (5, 3), (16, 17), (0, 45), (70, 45)] + [(1, 1), (0, 5), (70, 5), (17, 0)] * GPU, ids=str
+)
+def test_any_number_of_rows_that_no_container_holds(wide):
+    """One to all, in tiles of few and of many, whose contraction is shared."""
+    a, b = wide_sides(70, 45, 520, *wide)
+    bias = torch.randn(45, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    y = product(a, b, torch.float32, bias)
+    (exact, size), y64 = exact_product(a, b, bias), y.cpu().double()
+    repaired = (a.container.wide[:70, None] | b.container.wide[None, :45]).bool().cpu()
+    assert ((y64 - exact).abs() <= 2**-23 * exact.abs() + 2**-19 * size)[repaired].all()
+    if GPU:
+        assert torch.equal(product(a, b, torch.float32, bias), y)
+        assert_is_product(product(a, b, OUT), a, b)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4+mbs", "mxfp4+mbs256"])
+def test_any_number_of_groups_that_no_container_holds(name):
+    a, b = wide_sides(40, 35, 520, 20, 3, name, whole_rows=False)
+    assert_is_product(product(a, b, OUT), a, b)
+
+
+@pytest.mark.skipif(not GPU, reason="takes the interpreter a minute")
+def test_one_side_with_many_more_tiles_than_programs():
+    a, b = wide_sides(1200, 640, 256, 1, 640)
+    assert_is_product(product(a, b, OUT), a, b)
+
+
+def test_wide_columns_as_a_backward_needs_them():
+    x, g = (torch.randn(1100, n, generator=torch.Generator().manual_seed(n)) for n in (96, 40))
+    for t in (x, g):
+        t[:, 3] *= torch.exp2(torch.linspace(-40, 0, 1100))
+    recipe = QuantRecipe(scale_rule="oas")
+    a, b = (operands(t.bfloat16().to(DEVICE), columns=recipe, whole_rows=True)[1] for t in (g, x))
+    assert a.container.wide.sum() == b.container.wide.sum() == 1
+    assert_is_product(product(a, b, OUT), a, b)
+
+
+@pytest.mark.skipif(not GPU, reason="graphs need a GPU")
+def test_repairs_in_a_graph():
+    """Captured while no row is wide, replayed with wide rows, twice: counters are left as they were found."""
+    x, w = matrices(300, 200, 4096)
+    wide = matrices(300, 200, 4096, range(40), [7])
+    recipe = QuantRecipe()
+
+    def run():
+        return product(*(operands(t, rows=recipe, whole_rows=True)[0] for t in (x, w)))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for mine, theirs in zip((x, w), wide):
+        mine.copy_(theirs)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert torch.equal(first, y)
+    assert_is_product(y, *(operands(t, rows=recipe, whole_rows=True)[0] for t in wide))
+
+
 @pytest.mark.parametrize("whole_rows", [True, False])
 def test_products_of_columns_as_a_backward_needs_them(whole_rows):
     x, g = (torch.randn(72, n, generator=torch.Generator().manual_seed(n)).bfloat16().to(DEVICE) for n in (96, 40))

@@ -132,7 +132,7 @@ class _Product:
         if not self.whole:
             if self.repair is None:
                 self.repair = repair(a.container.side, b.container.side, y, bias)
-            self.repair(a.matrix, b.matrix, a.container.buffer, b.container.buffer, y, *(() if bias is None else (bias,)))
+            self.repair(a.matrix, b.matrix, a.container, b.container, y, bias)
         return y
 
 
