@@ -84,7 +84,7 @@ def noise_targets(model: torch.nn.Module) -> list[str]:
         f"{name}.weight"
         for name, module in model.named_modules()
         if "rmsnorm" in type(module).__name__.lower()
-        and getattr(module, "weight", None) is not None
+        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)  # vLLM's norms without one have a plain tensor
         and not (has_router and name.endswith("post_attention_layernorm"))
     ]
     if not names:

@@ -94,6 +94,10 @@ MISTAKES = {
         ["actor_rollout_ref.rollout.name=sglang"],
         ["rollout.name=sglang", "mxfp4_hf or vllm", "enable=false"],
     ),
+    "an alarm without its metric": (
+        ["mxfp4.mismatch.stop=true", "algorithm.rollout_correction.bypass_mode=true"],
+        ["mismatch.stop", "bypass_mode=false"],
+    ),
     "vLLM on a CPU": (["actor_rollout_ref.rollout.name=vllm"], ["needs a GPU", "rollout.name=mxfp4_hf"]),
     "another recipe in the rollout": (
         ["++actor_rollout_ref.rollout.custom.mxfp4={enable: true}"],

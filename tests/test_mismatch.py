@@ -11,11 +11,11 @@ from mxfp4_rl.verl_plugin.trainer import MXFP4TrainerSync, sync_metrics
 W4A16 = {"activation": None}
 
 
-def watched(distance, recipe=None, **mismatch):
+def watched(distance, recipe=None, sigma=0.0, **mismatch):
     trainer = types.SimpleNamespace(
         settings=Settings.from_config({"enable": True, "recipe": recipe or {}, "mismatch": mismatch}), global_steps=3
     )
-    metrics = {} if distance is None else {"rollout_corr/k3_kl": distance}
+    metrics = {"mxfp4/aqn_sigma": sigma} | ({} if distance is None else {"rollout_corr/k3_kl": distance})
     MXFP4TrainerSync._watch_mismatch(trainer, metrics)
     return metrics.get("mxfp4_mismatch/alarm")
 
@@ -30,6 +30,8 @@ def watched(distance, recipe=None, **mismatch):
         (0.3, {}, {"k3_kl": 0.2}, 1.0),
         (float("nan"), {}, {}, 1.0),
         (None, {}, {}, None),
+        (0.05, W4A16, {"sigma": 0.01}, 0.0),
+        (0.5, W4A16, {"sigma": 0.01}, 1.0),
     ],
 )
 def test_alarm(distance, recipe, mismatch, alarm, capsys):

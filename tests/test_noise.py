@@ -65,3 +65,13 @@ def test_the_norm_that_feeds_a_router_stays_clean():
     targets = noise_targets(model)
     assert "model.layers.0.input_layernorm.weight" in targets
     assert not any("post_attention_layernorm" in name for name in targets)
+
+
+def test_norms_without_a_weight_of_their_own_are_no_targets():
+    class RMSNorm(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+    model = torch.nn.ModuleDict({"plain": RMSNorm(torch.ones(4)), "own": RMSNorm(torch.nn.Parameter(torch.ones(4)))})
+    assert noise_targets(model) == ["own.weight"]

@@ -36,6 +36,12 @@ def _worker(rank: int, world: int, port: int, rows: int):
         assert packed.tensors().keys() == expected.tensors().keys()
         for name, tensor in expected.tensors().items():
             assert torch.equal(packed.tensors()[name], tensor), f"{words}: {name}"
+    replicas = torch.nn.Linear(200, rows, bias=False)  # every rank holds all rows, as over the nodes of HSDP
+    replicas.weight.data.copy_(whole)
+    fully_shard(replicas, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
+    assert torch.equal(
+        pack(replicas.weight, QuantRecipe(), torch.bfloat16).codes, quantize(whole.bfloat16(), QuantRecipe()).codes
+    )
     torch.distributed.destroy_process_group()
 
 

@@ -58,25 +58,34 @@ def test_a_shipment_names_casts_and_counts():
     assert int(shipment.checksum) == int(shipped["x.weight_packed"].sum()) + int(shipped["x.weight_scale"].sum())
 
 
+def recipe_of(weight, activation):
+    return ModelRecipe(weight=QuantRecipe.parse(weight), activation=activation and QuantRecipe.parse(activation))
+
+
 @pytest.mark.parametrize(
-    ("words", "K", "parts", "expected"),
+    ("weight", "activation", "K", "parts", "expected"),
     [
-        ("mxfp4", 96, 2, "blocks of 32"),
-        ("mxfp4+mbs", 576, 2, "blocks of 128"),
-        ("mxfp4+mbs", 768, 4, "tensor_model_parallel_size=2"),
-        ("mxfp4", 100, 3, "tensor_model_parallel_size=1"),
-        ("mxfp4+mbs256", 1152, 2, "smaller macro_size"),
+        ("mxfp4", None, 96, 2, "blocks of 32"),
+        ("mxfp4+mbs", None, 576, 2, "blocks of 128"),
+        ("mxfp4+mbs", None, 768, 4, "tensor_model_parallel_size=2"),
+        ("mxfp4", None, 100, 3, "tensor_model_parallel_size=1"),
+        ("mxfp4+mbs256", None, 1152, 2, "smaller macro_size"),
+        ("mxfp4", "mxfp4+mbs", 384, 2, "blocks of 128"),
+        ("nvfp4", "mxfp4+hadamard64", 192, 2, "blocks of 64"),
+        ("mxfp4", "nvfp4", 384, 2, "whole tensor"),
+        ("mxfp4", "mxfp4+of+top5%", 384, 2, "whole tensor"),
     ],
 )
-def test_a_cut_inside_a_block_is_refused_with_the_fix(words, K, parts, expected):
+def test_a_cut_inside_a_block_is_refused_with_the_fix(weight, activation, K, parts, expected):
     with pytest.raises(ValueError, match=r"layers\.0\.down_proj") as error:
-        check_cut(QuantRecipe.parse(words), K, parts, "layers.0.down_proj")
+        check_cut(recipe_of(weight, activation), K, parts, "layers.0.down_proj")
     assert expected in str(error.value)
 
 
 def test_cuts_between_blocks_and_whole_rows_are_fine():
-    check_cut(QuantRecipe(), 100, 1, "odd but whole")
-    check_cut(QuantRecipe.parse("mxfp4+mbs"), 11008, 2, "Qwen2.5-3B's down_proj")
+    check_cut(recipe_of("mxfp4", "nvfp4"), 100, 1, "odd but whole")
+    check_cut(recipe_of("mxfp4+mbs", "mxfp4+mbs+of"), 11008, 2, "Qwen2.5-3B's down_proj")
+    check_cut(recipe_of("nvfp4", None), 100, 2, "shipped dequantised")
 
 
 def test_the_quantisation_config_brings_the_recipe_back():

@@ -11,8 +11,10 @@ from mxfp4_rl.settings import Settings
 
 pytest.importorskip("vllm")
 
-from mxfp4_rl.verl_plugin import vllm_rollout
-from mxfp4_rl.verl_plugin.vllm_rollout import MXFP4ServerAdapter, MXFP4vLLMServer, MXFP4WorkerExtension
+from mxfp4_rl.verl_plugin import vllm_adapter, vllm_worker
+from mxfp4_rl.verl_plugin.vllm_adapter import MXFP4ServerAdapter
+from mxfp4_rl.verl_plugin.vllm_server import MXFP4vLLMServer
+from mxfp4_rl.verl_plugin.vllm_worker import MXFP4WorkerExtension, layer_names, under_adapters
 from mxfp4_rl.vllm_plugin.shipment import Shipment
 
 AQN = {"enable": True, "sigma_start": 0.01, "sigma_end": 0.001, "stages": 2}
@@ -33,7 +35,10 @@ def worker():
     ):
         stored = {"codes": "weight_packed", "scales": "weight_scale"}[name]
         model.layer.register_parameter(stored, torch.nn.Parameter(tensor, requires_grad=False))
-    config = types.SimpleNamespace(quant_config=types.SimpleNamespace(describe=lambda: "1 layers: packed"))
+    config = types.SimpleNamespace(
+        quant_config=types.SimpleNamespace(describe=lambda: "1 layers: packed"),
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=1),
+    )
     extension.model_runner = types.SimpleNamespace(model=model, vllm_config=config)
     return extension
 
@@ -42,13 +47,14 @@ class Engine:
     """One worker behind vLLM's asynchronous interface."""
 
     def __init__(self):
-        self.worker, self.resets = worker(), 0
+        self.worker, self.resets, self.busy = worker(), 0, False
 
     async def collective_rpc(self, method, args=()):
         return [getattr(self.worker, method)(*args)]
 
-    async def reset_prefix_cache(self):
+    async def reset_prefix_cache(self, reset_connector=False):
         self.resets += 1
+        return not self.busy
 
 
 def server(enable=True, **settings):
@@ -57,8 +63,7 @@ def server(enable=True, **settings):
     own._schedule = vars(own.settings.aqn.schedule(10))
     own._noise_on, own._last_sync, own._said = True, {}, False
     own.engine, own.node_rank, own.replica_rank, own.global_steps = Engine(), 0, 0, None
-    own.model_config = types.SimpleNamespace(hf_config=types.SimpleNamespace(num_key_value_heads=1))
-    own.config = types.SimpleNamespace(tensor_model_parallel_size=1, data_parallel_size=1, quantization=None)
+    own.config = types.SimpleNamespace(quantization=None)
     return own
 
 
@@ -75,8 +80,15 @@ def test_noise_is_put_on_the_clean_norms_of_the_last_sync_and_never_adds_up():
     assert own.engine.resets == 4  # what was computed with other norms is forgotten
 
 
+def test_noise_does_not_change_under_running_requests():
+    own = server()
+    own.engine.busy = True
+    with pytest.raises(RuntimeError, match="prefix cache is in use"):
+        asyncio.run(own.set_noise(False))
+
+
 def test_only_a_sync_of_weights_brings_new_clean_norms(monkeypatch):
-    monkeypatch.setattr(vllm_rollout.vLLMColocateWorkerExtension, "update_weights_from_ipc", lambda self, *args: None)
+    monkeypatch.setattr(vllm_worker.vLLMColocateWorkerExtension, "update_weights_from_ipc", lambda self, *args: None)
     own = server()
     extension = own.engine.worker
     norm = extension.model_runner.model["norm"].weight
@@ -107,9 +119,64 @@ def test_a_sync_ends_with_the_weights_compared_and_the_paths_told(capsys):
         asyncio.run(own.end_sync(shipped(scale=4.0)))
 
 
+def test_weights_that_several_workers_hold_are_not_compared_and_the_run_says_so(capsys):
+    own = server()
+    own.engine.worker.model_runner.vllm_config.parallel_config.tensor_parallel_size = 2
+    asyncio.run(own.end_sync(shipped(scale=4.0)))
+    assert "not compared" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_received_to_the_end_and_then_told(monkeypatch):
+    received = []
+
+    def receive(self, peft_config, base_sync_done, use_shm):
+        for bucket in ([("a", None)], [("b", None)]):
+            self._update_weights(bucket, peft_config, base_sync_done)
+            received.append(bucket)
+
+    def load(self, weights, peft_config, base_sync_done):
+        raise KeyError(weights[0][0])
+
+    monkeypatch.setattr(vllm_worker.vLLMColocateWorkerExtension, "update_weights_from_ipc", receive)
+    monkeypatch.setattr(vllm_worker.vLLMColocateWorkerExtension, "_update_weights", load)
+    with pytest.raises(RuntimeError, match=r"cannot load the trainer's weights .KeyError: 'a'"):
+        worker().update_weights_from_ipc()
+    assert len(received) == 2
+
+
+def test_packed_names_where_adapters_are_wrapped_around_layers():
+    model = torch.nn.Module()
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    for stem in ("a.qkv_proj.base_layer", "a.o_proj.base_layer", "b.down_proj"):
+        owner = model
+        for part in stem.split("."):
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.weight_packed = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+    known = layer_names(model)
+    for shipped_name, held in (
+        ("a.q_proj.base_layer.weight_packed", "a.q_proj.base_layer.weight_packed"),
+        ("a.o_proj.base_layer.weight_scale", "a.o_proj.base_layer.weight_scale"),
+        ("b.down_proj.base_layer.weight_packed", "b.down_proj.weight_packed"),
+    ):
+        assert under_adapters(model, shipped_name, known) == held
+
+
 def test_adapters_alone_are_not_compared():
     own = server()
     asyncio.run(own.end_sync({"bytes": 8, "packed_bytes": 0, "packed_elements": 0, "seconds": 0.1, "checksum": 0}))
+
+
+def test_vllm_tells_graphs_of_two_recipes_apart(monkeypatch):
+    monkeypatch.setattr(MXFP4vLLMServer.__bases__[0], "_preprocess_engine_kwargs", lambda self, kwargs: None)
+    keys = []
+    for recipe in ({}, {"exclude": ["o_proj"]}, {"overrides": {"down_proj": {"fallback_alpha": 1.0}}}):
+        kwargs = {"additional_config": '{"mine": 1}'}
+        server(recipe=recipe)._preprocess_engine_kwargs(kwargs)
+        assert kwargs["additional_config"]["mine"] == 1
+        keys.append(str(kwargs))
+    assert len(set(keys)) == 3
 
 
 def test_two_quantisations_of_the_rollout_are_refused():
@@ -130,7 +197,7 @@ def test_the_adapter_ships_packed_tensors_and_tells_the_server(monkeypatch):
     async def end_sync(sync):
         told.append(sync)
 
-    monkeypatch.setattr(vllm_rollout.ServerAdapter, "update_weights", send)
+    monkeypatch.setattr(vllm_adapter.ServerAdapter, "update_weights", send)
     adapter = object.__new__(MXFP4ServerAdapter)
     adapter.config = types.SimpleNamespace(custom={"mxfp4": {"enable": True}}, dtype="bfloat16")
     adapter._has_server = True

@@ -102,21 +102,23 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
         raise LaunchError(f"{MODEL_KEY}={path} is not a causal language model that can be built: {reason[0]}") from error
     try:
         report = plan(model, settings.recipe)
-        _check_tensor_parallel(config, model, report.converted)
-    except (RecipeError, ValueError) as error:
+    except RecipeError as error:
         raise LaunchError(f"mxfp4.recipe does not fit {path}: {error}") from error
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
+        _check_tensor_parallel(config.actor_rollout_ref.rollout.tensor_model_parallel_size, model, report.converted)
     return report.describe().splitlines()[0]
 
 
-def _check_tensor_parallel(config: DictConfig, model, converted) -> None:
-    """Raise ValueError where vLLM would cut a layer's inputs inside a block. (It asks itself again as it builds its layers.)"""
-    from mxfp4_rl.vllm_plugin.layout import check_cut, why_not_packed
+def _check_tensor_parallel(workers: int, model, converted) -> None:
+    """Raise LaunchError where vLLM would cut a layer's inputs inside a block. (It is asked again as it builds its layers.)"""
+    from mxfp4_rl.vllm_plugin.layout import check_cut
 
-    rollout = config.actor_rollout_ref.rollout
-    for name, recipe in converted.items() if rollout.name == VLLM_ROLLOUT else ():
-        cut_along_inputs = name.rsplit(".", 1)[-1] in ("o_proj", "down_proj")  # the likes of Llama, Qwen and Mistral
-        if cut_along_inputs and recipe.weight is not None and not why_not_packed(recipe.weight):
-            check_cut(recipe.weight, model.get_submodule(name).in_features, rollout.tensor_model_parallel_size, name)
+    for name, recipe in converted.items():
+        if name.rsplit(".", 1)[-1] in ("o_proj", "down_proj"):  # those that the likes of Llama, Qwen and Mistral cut so
+            try:
+                check_cut(recipe, model.get_submodule(name).in_features, workers, name)
+            except ValueError as error:
+                raise LaunchError(f"actor_rollout_ref.rollout.tensor_model_parallel_size={workers}: {error}") from error
 
 
 def prepare_data(config: DictConfig, settings: Settings) -> int | None:

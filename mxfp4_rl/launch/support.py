@@ -68,6 +68,13 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
                 "actor_rollout_ref.model.lora.merge=true would quantise base and adapter together in the rollout, and apart in "
                 f"the trainer: use merge=false, {off}"
             )
+    correction = config.algorithm.get("rollout_correction") or {}
+    measured = correction and not correction.get("bypass_mode") and rollout.calculate_log_probs
+    if settings.mismatch.stop and not measured:
+        raise LaunchError(
+            "mxfp4.mismatch.stop=true needs verl's rollout_corr/k3_kl: set algorithm.rollout_correction with "
+            "bypass_mode=false, and actor_rollout_ref.rollout.calculate_log_probs=true"
+        )
     if config.trainer.v1.trainer_mode != "mxfp4_sync":
         raise LaunchError(
             f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode} neither measures nor adds noise: use mxfp4_sync, {off}"
@@ -93,6 +100,20 @@ def check_vllm(config: DictConfig, off: str) -> None:
         raise LaunchError(
             f"actor_rollout_ref.rollout.quantization={rollout.quantization} and mxfp4.enable=true are two quantisations of the "
             f"same weights: set quantization=null, {off}"
+        )
+    if rollout.load_format != "dummy" or rollout.get("layered_summon"):
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.load_format={rollout.load_format}, layered_summon={rollout.get('layered_summon')}: "
+            "packed weights come from the trainer, not from the checkpoint; use load_format=dummy and layered_summon=false"
+        )
+    for key in ("disaggregation", "qat"):
+        block = rollout.get(key) or {}
+        if block.get("enabled") or block.get("enable"):
+            raise LaunchError(f"actor_rollout_ref.rollout.{key} has no MXFP4 layers: switch it off, {off}")
+    if rollout.get("quantization_config_file"):
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.quantization_config_file={rollout.quantization_config_file}: the quantisation is the "
+            f"recipe's; set it to null, {off}"
         )
     if rollout.dtype != "bfloat16":
         raise LaunchError(f"actor_rollout_ref.rollout.dtype={rollout.dtype}: packed weights multiply bfloat16; use bfloat16")

@@ -98,7 +98,9 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
             if layer is None or layer.recipe.weight is None:
                 yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 continue
-            packed = pack(tensor, layer.recipe.weight, self.compute_dtype)
+            # Where LoRA adapters are, verl exports the base weights on the CPU.
+            own = tensor if isinstance(tensor, DTensor) else tensor.to(get_device_id())
+            packed = pack(own, layer.recipe.weight, self.compute_dtype)
             layer.hold(packed, self.compute_dtype)
             yield name, packed
         if waiting:

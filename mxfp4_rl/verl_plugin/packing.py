@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from mxfp4_rl.quant import QuantizedTensor, quantize
 from mxfp4_rl.recipe import QuantRecipe
@@ -27,9 +27,9 @@ def pack(weight: torch.Tensor, recipe: QuantRecipe, dtype: torch.dtype) -> Quant
     """
     if not isinstance(weight, DTensor):
         return quantize(weight.to(dtype), recipe)
-    cut_along_rows = all(isinstance(p, Shard) and p.dim == 0 for p in weight.placements)
+    cut_along_rows = all(p.is_shard(0) or p.is_replicate() for p in weight.placements)
     if looks_at_other_rows(recipe) or not cut_along_rows:
-        return quantize(weight.full_tensor().to(dtype), recipe)
+        return quantize(weight.to(dtype).full_tensor(), recipe)
     return _gathered(quantize(weight.to_local().to(dtype), recipe), weight)
 
 

@@ -23,7 +23,7 @@ def _load_hf_replica():
 
 
 def _load_vllm_replica():
-    from mxfp4_rl.verl_plugin.vllm_rollout import MXFP4vLLMReplica
+    from mxfp4_rl.verl_plugin.vllm_server import MXFP4vLLMReplica
 
     return MXFP4vLLMReplica
 
@@ -32,4 +32,4 @@ RolloutReplicaRegistry.register(HF_ROLLOUT, _load_hf_replica)
 RolloutReplicaRegistry.register(VLLM_ROLLOUT, _load_vllm_replica)  # in place of verl's, whose special cases go by the name
 # verl has no public call for the trainer's side of a rollout; this dictionary is what its own backends are listed in.
 _ROLLOUT_REGISTRY[(HF_ROLLOUT, "async")] = "mxfp4_rl.verl_plugin.rollout.MXFP4RolloutAdapter"
-_ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = "mxfp4_rl.verl_plugin.vllm_rollout.MXFP4ServerAdapter"
+_ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = "mxfp4_rl.verl_plugin.vllm_adapter.MXFP4ServerAdapter"

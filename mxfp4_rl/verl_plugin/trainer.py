@@ -99,7 +99,8 @@ class MXFP4TrainerSync(PPOTrainerSync):
     def _watch_mismatch(self, metrics: dict) -> None:
         """Alarm where trainer and rollout no longer are the same model: rounding differs a little, another recipe a lot."""
         distance = metrics.get("rollout_corr/k3_kl")
-        limit = self.settings.mismatch.limit(self.settings.recipe.activation is not None)
+        sigma = metrics.get("mxfp4/aqn_sigma", 0.0)
+        limit = self.settings.mismatch.limit(self.settings.recipe.activation is not None, sigma)
         if distance is None:
             return
         metrics["mxfp4_mismatch/alarm"] = float(not distance <= limit)  # NaN is one

@@ -1,63 +1,21 @@
-"""verl's vLLM rollout with MXFP4 layers: the same parts, registered over the name "vllm" so that verl's cases for it hold.
+"""verl's vLLM server with MXFP4 layers, registered over the name "vllm" so that verl's cases for it hold.
 
-`MXFP4ServerAdapter` lives in the training worker and ships weights: packed ones as the tensors of `vllm_plugin.layout`, the
-others in the rollout's dtype, through verl's own bucketed transfer. `MXFP4vLLMServer` starts vLLM with the quantisation method
-"mxfp4_rl". `MXFP4WorkerExtension` runs in vLLM's workers: it puts the noise of a step (AQN) on clean copies of the norm
-weights, and takes it off for validation without another sync. With `mxfp4.enable=false` all three behave as verl's.
+`MXFP4vLLMServer` starts vLLM with the quantisation method "mxfp4_rl". `vllm_adapter` ships packed weights to it through verl's
+own bucketed transfer. `vllm_worker` runs in vLLM's workers: it loads them, and puts the noise of a step (AQN) on clean copies
+of the norm weights; validation takes it off without another sync. With `mxfp4.enable=false` all of it behaves as verl's.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
+import json
 
 import ray
-import torch
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
-from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.settings import Settings
-from mxfp4_rl.vllm_plugin import METHOD, quantization_config
-from mxfp4_rl.vllm_plugin.layout import checksum, is_packed
-from mxfp4_rl.vllm_plugin.shipment import Shipment
+from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
 
-
-class MXFP4WorkerExtension(vLLMColocateWorkerExtension):
-    """verl's extension of a vLLM worker, with the calls that `MXFP4vLLMServer` makes."""
-
-    def update_weights_from_ipc(self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False):
-        super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
-        if not (peft_config and base_sync_done):  # not only adapters
-            self._mxfp4_clean = None  # the norms that came are clean
-
-    def mxfp4_set_noise(self, schedule: dict[str, Any], step: int | None) -> float:
-        """The norm weights with the noise of `step`, or clean for None; returns sigma."""
-        schedule = AQNSchedule(**schedule)
-        norms = dict(self.model_runner.model.named_parameters())
-        if getattr(self, "_mxfp4_clean", None) is None:
-            self._mxfp4_clean = {name: norms[name].data.clone() for name in noise_targets(self.model_runner.model)}
-        for name, clean in self._mxfp4_clean.items():
-            norms[name].data.copy_(clean if step is None else schedule.noisy(name, clean, step))
-        return 0.0 if step is None else schedule.sigma(step)
-
-    def mxfp4_report(self) -> dict[str, Any]:
-        """Which path serves how many layers, and the bytes that the weights take."""
-        model, config = self.model_runner.model, self.model_runner.vllm_config.quant_config
-        sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-        packed = {name: size for name, size in sizes.items() if is_packed(name)}
-        elements = sum(p.numel() * 2 for name, p in model.named_parameters() if name.endswith("weight_packed"))
-        return {"paths": config.describe(), "packed_bytes": sum(packed.values()), "packed_elements": elements,
-                "all_bytes": sum(sizes.values())}  # fmt: skip
-
-    def mxfp4_checksum(self) -> int:
-        """Of the packed weights that this worker holds; the sum over tensor-parallel workers is the whole model's."""
-        return int(checksum((name, p.data) for name, p in self.model_runner.model.named_parameters()))
-
-    def mxfp4_tensor(self, name: str) -> torch.Tensor:
-        """One stored tensor, on the CPU; for checks that trainer and rollout agree."""
-        return dict(self.model_runner.model.named_parameters())[name].data.cpu()
+WORKER_EXTENSION = "mxfp4_rl.verl_plugin.vllm_worker.MXFP4WorkerExtension"
 
 
 class MXFP4vLLMServer(vLLMHttpServer):
@@ -81,14 +39,13 @@ class MXFP4vLLMServer(vLLMHttpServer):
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
-        if self.settings.enable:  # vLLM's cache of compiled graphs tells runs apart by this, not by the recipe
-            engine_kwargs["additional_config"] = {
-                **(engine_kwargs.get("additional_config") or {}), "mxfp4_recipe": self.settings.recipe.describe()
-            }  # fmt: skip
+        if self.settings.enable:
+            given = engine_kwargs.get("additional_config") or {}
+            given = json.loads(given) if isinstance(given, str) else dict(given)
+            engine_kwargs["additional_config"] = given | compile_key(self.settings.recipe)
 
     def _get_worker_extension_cls(self) -> str:
-        own = f"{MXFP4WorkerExtension.__module__}.{MXFP4WorkerExtension.__qualname__}"
-        return own if self.settings.enable else super()._get_worker_extension_cls()
+        return WORKER_EXTENSION if self.settings.enable else super()._get_worker_extension_cls()
 
     async def set_global_steps(self, global_steps: int) -> None:
         """verl's mark of a finished sync: the norms that came are clean, and get this step's noise."""
@@ -96,13 +53,18 @@ class MXFP4vLLMServer(vLLMHttpServer):
         await self.set_noise(self._noise_on)
 
     async def set_noise(self, on: bool) -> float:
-        """Put this step's noise on, or take it off (validation); returns sigma."""
+        """Put this step's noise on, or take it off (validation); returns sigma.
+
+        Raises:
+            RuntimeError: requests are running, whose keys and values belong to the other weights.
+        """
         self._noise_on = on
         if self._schedule is None or self.node_rank != 0:
             return 0.0
         step = (self.global_steps or 0) if on else None
         sigmas = await self.engine.collective_rpc("mxfp4_set_noise", args=(self._schedule, step))
-        await self.engine.reset_prefix_cache()  # keys and values of the other weights
+        if not await self.engine.reset_prefix_cache(reset_connector=True):
+            raise RuntimeError("the noise of mxfp4.aqn changed while requests were running: vLLM's prefix cache is in use")
         return sigmas[0]
 
     async def end_sync(self, sync: dict[str, float]) -> None:
@@ -112,36 +74,31 @@ class MXFP4vLLMServer(vLLMHttpServer):
             RuntimeError: they hold other weights.
         """
         shipped = sync.pop("checksum")
-        if (
-            sync["packed_elements"]
-            and self._sums_compare()
-            and shipped != sum(await self.engine.collective_rpc("mxfp4_checksum"))
-        ):
-            raise RuntimeError(
-                "the rollout does not hold the weights that the trainer shipped: another model, or tensors that vLLM did not "
-                "load; compare actor_rollout_ref.model.path with rollout.engine_kwargs"
-            )
-        if not self._said and self.replica_rank == 0:
-            await self._say_paths()
+        if sync["packed_elements"]:  # not only adapters
+            held = await self.engine.collective_rpc("mxfp4_checksum")
+            comparable = all(once for _, once in held)
+            if comparable and shipped != sum(part for part, _ in held):
+                raise RuntimeError(
+                    "the rollout does not hold the weights that the trainer shipped: another model, or tensors that vLLM did "
+                    "not load; compare actor_rollout_ref.model.path with rollout.engine_kwargs"
+                )
+            if not self._said and self.replica_rank == 0:
+                self._said = True
+                await self._say_paths()
+                if not comparable:
+                    print(
+                        "[mxfp4] rollout: several workers hold the same rows, so their weights are not compared with the "
+                        "trainer's", flush=True,
+                    )  # fmt: skip
         self._last_sync = sync
 
     async def last_sync(self) -> dict[str, float]:
+        """What the last sync shipped, and how long it took."""
         return self._last_sync
 
-    async def weight_bits(self, name: str) -> list[torch.Tensor]:
-        """One stored tensor of every worker; for checks that trainer and rollout agree."""
-        return await self.engine.collective_rpc("mxfp4_tensor", args=(name,))
-
-    def _sums_compare(self) -> bool:
-        """Whether every weight lies on one worker only: key and value heads do not, where there are fewer than workers."""
-        config = self.model_config.hf_config
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        return self.config.tensor_model_parallel_size <= heads and self.config.data_parallel_size == 1
-
     async def _say_paths(self) -> None:
-        self._said = True
         reports = await self.engine.collective_rpc("mxfp4_report")
-        packed, elements, whole = (sum(r[k] for r in reports) for k in ("packed_bytes", "packed_elements", "all_bytes"))
+        packed, elements, whole = (sum(r[k] for r in reports) for k in ("packed_bytes", "packed_elements", "bytes"))
         print(f"[mxfp4] rollout: {reports[0]['paths']}", flush=True)
         print(
             f"[mxfp4] rollout: quantised weights take {packed / 2**20:.0f} MiB, {packed / max(1, 2 * elements):.2f} of BF16's "
@@ -157,21 +114,3 @@ class MXFP4vLLMReplica(vLLMReplica):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.server_class = ray.remote(MXFP4vLLMServer)
-
-
-class MXFP4ServerAdapter(ServerAdapter):
-    """The training worker's side: names and casts what the engine exports, and measures the sync."""
-
-    @torch.no_grad()
-    async def update_weights(self, weights, global_steps: int | None = None, wire_format: str = "named_tensors", **kwargs):
-        settings = Settings.from_config(dict(self.config.custom or {}).get("mxfp4"))
-        if not settings.enable:
-            return await super().update_weights(weights, global_steps=global_steps, wire_format=wire_format, **kwargs)
-        if wire_format != "named_tensors":
-            raise ValueError(f"MXFP4 ships named tensors, not {wire_format!r}: set rollout.checkpoint_engine.backend=naive")
-        began = time.perf_counter()
-        shipped = Shipment(getattr(torch, self.config.dtype))
-        await super().update_weights(shipped.tensors(weights), global_steps=global_steps, wire_format=wire_format, **kwargs)
-        if self._ensure_server_handle():
-            seconds = time.perf_counter() - began
-            await self.server_handle.end_sync.remote({**shipped.sizes, "seconds": seconds, "checksum": int(shipped.checksum)})

@@ -7,6 +7,7 @@ It adds the quantisation method "mxfp4_rl": linear layers that hold packed MXFP4
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -28,3 +29,8 @@ def register() -> None:
 def quantization_config(recipe: ModelRecipe) -> dict[str, Any]:
     """What a model's `quantization_config` says, so that vLLM builds its layers for `recipe`."""
     return {"quant_method": METHOD, "recipe": recipe.to_dict()}
+
+
+def compile_key(recipe: ModelRecipe) -> dict[str, str]:
+    """For vLLM's `additional_config`: its cache of compiled graphs, which hold a recipe's numbers, tells runs apart by this."""
+    return {"mxfp4_recipe": json.dumps(recipe.to_dict(), sort_keys=True)}

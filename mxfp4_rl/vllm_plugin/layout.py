@@ -13,13 +13,14 @@ GPUs along outputs anywhere, along inputs between blocks (and macro blocks).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from mxfp4_rl.quant.tensor import MXFP4Tensor, QuantizedTensor
-from mxfp4_rl.recipe import QuantRecipe
+from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
 
 NAMES = {  # MXFP4Tensor.tensors() -> the parameter of the layer
     "codes": "weight_packed",
@@ -62,16 +63,31 @@ def fields(recipe: QuantRecipe, K: int) -> dict[str, Field]:
     return stored
 
 
-def check_cut(recipe: QuantRecipe, K: int, parts: int, name: str) -> None:
-    """Raise ValueError if K inputs cannot be cut into `parts` without cutting a block of the recipe."""
-    unit = recipe.macro_size if recipe.macro_block else 32
-    if parts > 1 and (K % parts or (K // parts) % unit):
-        fits = [n for n in (2, 4, 8, 16) if n < parts and K % (n * unit) == 0]
-        raise ValueError(
-            f"{name} has {K} inputs: tensor parallelism over {parts} GPUs would cut its blocks of {unit} elements "
-            f"({recipe.describe()}). Use rollout.tensor_model_parallel_size={max(fits, default=1)}"
-            + (", or a smaller macro_size" if recipe.macro_block and K % (parts * 32) == 0 else "")
-        )
+def check_cut(recipe: ModelRecipe, K: int, parts: int, name: str) -> None:
+    """Raise ValueError if a layer's K inputs cannot be cut into `parts` for tensor parallelism.
+
+    A part must not end inside a block of the activation, or of a packed weight, and an activation's blocks must not look at
+    each other: every worker quantises its own part of it.
+    """
+    if parts == 1:
+        return
+    weight = recipe.weight if recipe.weight and not why_not_packed(recipe.weight) else None
+    for own in (recipe.activation, weight):
+        if own is None:
+            continue
+        if own is recipe.activation and (own.format != "mxfp4" or own.tile or own.fallback_fraction is not None):
+            raise ValueError(
+                f"{name}: activations in {own.describe()} depend on the whole tensor, and tensor parallelism shows a worker "
+                "only a part of it. Use rollout.tensor_model_parallel_size=1"
+            )
+        unit = math.lcm(own.block_size, own.macro_size if own.macro_block else 1, own.hadamard or 1)
+        if K % parts or (K // parts) % unit:
+            fits = max((n for n in (2, 4, 8, 16) if n < parts and K % (n * unit) == 0), default=1)
+            smaller = ", or a smaller macro_size" if own.macro_block and K % (parts * own.block_size) == 0 else ""
+            raise ValueError(
+                f"{name} has {K} inputs: tensor parallelism over {parts} GPUs would cut its blocks of {unit} elements "
+                f"({own.describe()}). Use rollout.tensor_model_parallel_size={fits}{smaller}"
+            )
 
 
 def named_tensors(name: str, weight: QuantizedTensor) -> Iterator[tuple[str, torch.Tensor]]:

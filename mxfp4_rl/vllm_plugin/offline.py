@@ -13,7 +13,7 @@ import torch
 from mxfp4_rl.nn import converted_layers
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.recipe import ModelRecipe
-from mxfp4_rl.vllm_plugin import METHOD, quantization_config
+from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
 from mxfp4_rl.vllm_plugin.shipment import Shipment
 
 
@@ -27,7 +27,7 @@ def start(model: str, recipe: ModelRecipe | None, **options: Any):
         quantised = {
             "quantization": METHOD,
             "hf_overrides": {"quantization_config": quantization_config(recipe)},
-            "additional_config": {"mxfp4_recipe": recipe.describe()},
+            "additional_config": compile_key(recipe),
         }
     options = {"load_format": "dummy", "dtype": "bfloat16", "logprobs_mode": "processed_logprobs", **quantised, **options}
     return LLM(model=model, **options)

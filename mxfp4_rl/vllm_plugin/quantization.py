@@ -117,8 +117,7 @@ class MXFP4LinearMethod(LinearMethodBase):
     def create_weights(
         self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
     ):
-        name, parts = getattr(layer, "prefix", "") or "a layer", input_size // input_size_per_partition
-        check_cut(self.recipe.weight, input_size, parts, name)
+        check_cut(self.recipe, input_size, input_size // input_size_per_partition, getattr(layer, "prefix", "") or "a layer")
         rows = sum(output_partition_sizes)
         for field, (columns, dtype) in fields(self.recipe.weight, input_size_per_partition).items():
             # Zeros, not garbage: the engine starts on them, and a garbage scale may be NaN.
@@ -148,7 +147,15 @@ class DequantizedLinearMethod(UnquantizedLinearMethod):
 
     def __init__(self, recipe: ModelRecipe):
         super().__init__()
-        self._activation = product.as_text(recipe.activation)
+        self.recipe, self._activation = recipe, product.as_text(recipe.activation)
+
+    def create_weights(
+        self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
+    ):
+        check_cut(self.recipe, input_size, input_size // input_size_per_partition, getattr(layer, "prefix", "") or "a layer")
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **attributes
+        )
 
     def apply(self, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self._activation:

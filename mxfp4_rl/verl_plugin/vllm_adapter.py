@@ -1,0 +1,28 @@
+"""The training worker's side of the vLLM rollout: names and casts what the engine exports, ships it, measures the sync."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
+
+from mxfp4_rl.settings import Settings
+from mxfp4_rl.vllm_plugin.shipment import Shipment
+
+
+class MXFP4ServerAdapter(ServerAdapter):
+    """verl's adapter; with `mxfp4.enable=false` nothing else."""
+
+    async def update_weights(self, weights, global_steps: int | None = None, wire_format: str = "named_tensors", **kwargs):
+        settings = Settings.from_config(dict(self.config.custom or {}).get("mxfp4"))
+        if not settings.enable:
+            return await super().update_weights(weights, global_steps=global_steps, wire_format=wire_format, **kwargs)
+        if wire_format != "named_tensors":
+            raise ValueError(f"MXFP4 ships named tensors, not {wire_format!r}: set rollout.checkpoint_engine.backend=naive")
+        began = time.perf_counter()
+        shipped = Shipment(getattr(torch, self.config.dtype))
+        await super().update_weights(shipped.tensors(weights), global_steps=global_steps, wire_format=wire_format, **kwargs)
+        if self._ensure_server_handle():
+            seconds = time.perf_counter() - began
+            await self.server_handle.end_sync.remote({**shipped.sizes, "seconds": seconds, "checksum": int(shipped.checksum)})
