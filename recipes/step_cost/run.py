@@ -76,15 +76,15 @@ def command_of(variant: str, arguments) -> list[str]:
 def read(variant: str, arguments) -> dict:
     """Means over the steps after the first (the last one, which the monitor measures, apart)."""
     lines = (arguments.work / "runs" / _slug(variant) / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["data"] for line in lines]
+    steps = [data for line in lines if "timing_s/step" in (data := json.loads(line)["data"])]
     row = {"variant": variant}
     for part in PARTS:
         values = [s[f"timing_s/{part}"] for s in steps[1:-1] if f"timing_s/{part}" in s] or [steps[-1].get(f"timing_s/{part}")]
         row[part] = sum(values) / len(values) if None not in values else None
     row["monitored_step"] = steps[-1]["timing_s/step"]
     row["tokens_per_s"] = arguments.sequences * arguments.tokens / row["gen"]
-    row["peak_gib"] = max(s.get("perf/max_memory_allocated_gb", 0) for s in steps)
-    row["reserved_gib"] = max(s.get("perf/max_memory_reserved_gb", 0) for s in steps)
+    row["peak_gib"] = max(s.get("actor/perf/max_memory_allocated_gb", 0) for s in steps)
+    row["reserved_gib"] = max(s.get("actor/perf/max_memory_reserved_gb", 0) for s in steps)
     row |= {k: steps[-1][k] for k in ("mxfp4_sync/bytes", "mxfp4_sync/seconds", "rollout_corr/k3_kl") if k in steps[-1]}
     return row
 
