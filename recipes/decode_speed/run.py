@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,14 +22,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shapes import SHAPES
 
-VARIANTS = ("bf16", "fp8", "w4a16 mxfp4", "w4a16 mxfp4+mbs", "w4a16 mxfp4+mbs+of", "w4a4 mxfp4", "w4a4 mxfp4+mbs+of")
+MARLIN = "marlin mxfp4"  # vLLM's own W4A16 kernel for the same codes and scales, through compressed-tensors
+MARLIN_CONFIG = {
+    "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": {
+        "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
+    }}},
+}  # fmt: skip
+VARIANTS = ("bf16", "fp8", MARLIN, "w4a16 mxfp4", "w4a16 mxfp4+mbs", "w4a16 mxfp4+mbs+of", "w4a4 mxfp4", "w4a4 mxfp4+mbs+of")
 
 
 def recipe_of(name: str):
     """ "w4a16 mxfp4+mbs" -> ModelRecipe; None for those that vLLM has itself."""
     from mxfp4_rl import ModelRecipe, QuantRecipe
 
-    if name in ("bf16", "fp8"):
+    if name in ("bf16", "fp8", MARLIN):
         return None
     kind, words = name.split()
     quant = QuantRecipe.parse(words)
@@ -40,6 +48,9 @@ def measure(arguments) -> dict:
     from mxfp4_rl.vllm_plugin import offline
 
     own = {"quantization": "fp8"} if arguments.variant == "fp8" else {}
+    if arguments.variant == MARLIN:
+        os.environ["VLLM_MXFP4_USE_MARLIN"] = "1"
+        own = {"quantization": "compressed-tensors", "hf_overrides": {"quantization_config": MARLIN_CONFIG}}
     began = time.perf_counter()
     most = max(arguments.sequences)
     llm = offline.start(
