@@ -1,0 +1,350 @@
+"""A small GRPO loop in one process: the ladder's instrument. `python recipes/ladder/grpo.py FOLDER` runs FOLDER/config.json.
+
+One model object samples and learns, so rollout and trainer multiply by the same quantised operands. A step is
+
+    noise on the norms (AQN) -> sample `prompts` x `samples` responses -> noise off -> reward, advantages within a group
+    -> loss = -sum_t w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) / tokens,  w_t = min(p_trainer / p_rollout, cap)
+    -> clipped AdamW step of FP32 masters -> the BF16 weights are written again from them
+
+which is what verl's FSDP2 actor with BF16 compute does: BF16 gradients of micro-batches are summed in FP32, and each weight
+is quantised once an optimiser step. Data order and samples are functions of (seed, step), not of the rung: rungs of one seed
+are paired. A run that is cut off goes on from `state.pt`, to the bit on a CPU with as many threads. Metrics have verl's names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from mxfp4_rl import ModelRecipe, convert
+from mxfp4_rl.generation import Sampling, generate
+from mxfp4_rl.monitor.components import collect_errors, error_metrics, start_measuring
+from mxfp4_rl.nn import MXFP4Linear
+from mxfp4_rl.noise import AQNSchedule, noise_targets
+from mxfp4_rl.tasks.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
+from recipes.ladder.data import Data
+from recipes.ladder.options import MORE_TO_DO, Options, keep_steps, record_session, write_atomically
+from recipes.ladder.w8a8 import convert_to_w8a8
+
+DTYPE = torch.bfloat16
+_SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/grad_norm", "timing_s/step")
+
+
+@contextmanager
+def unquantised(model: nn.Module):
+    """Plain Linear layers for a while; what the quantised ones keep stays theirs."""
+    layers = [(m, type(m)) for m in model.modules() if isinstance(m, MXFP4Linear)]
+    for layer, _ in layers:
+        layer.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for layer, own in layers:
+            layer.__class__ = own
+
+
+class Run:
+    """One rung with one seed, as FOLDER/config.json says: `Run(folder).go()`. Setting `stop` ends it after a step."""
+
+    def __init__(self, folder: str | Path, stop: threading.Event | None = None):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.began = float(os.environ.get("LADDER_BEGAN", time.time()))  # the imports are this run's time too
+        self.folder, self.stop, self.step = Path(folder), stop or threading.Event(), 0
+        config = json.loads((self.folder / "config.json").read_text())
+        self.options, self.seed, work = Options.from_dict(config["options"]), config["seed"], Path(config["work"])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(self.seed)  # stochastic rounding draws from it, nothing else does
+        path = str(ensure_embedded_model()) if self.options.model == EMBEDDED_MODEL_NAME else self.options.model
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        self.data = Data(self.options, tokenizer, work)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(self.device).eval()
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        self.stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        # The optimiser sees FP32 masters; a hook moves each BF16 gradient there as soon as it is complete.
+        self.names, self.weights = zip(*self.model.named_parameters(), strict=True)
+        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.weights]
+        for p, master in zip(self.weights, self.masters):
+            p.register_post_accumulate_grad_hook(lambda p, master=master: _move_gradient(p, master))
+        self._warm_up(work)
+        recipe, aqn = config["recipe"], config["aqn"]
+        report = convert(self.model, ModelRecipe.from_dict(recipe)) if recipe is not None else None
+        layers = len(report.converted) if report else convert_to_w8a8(self.model) if config["fp8"] else 0
+        self.quantised, self.has_components = layers > 0, report is not None  # the components are of 4-bit recipes
+        steps = self.options.steps
+        self.noise = AQNSchedule(total_steps=steps, **{"seed": self.seed, **aqn}) if aqn is not None else None
+        self.noise_targets = noise_targets(self.model) if self.noise else []
+        self._new_optimiser(self.options.lr)
+        self.machine = {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "jobs": int(os.environ.get("LADDER_JOBS", 1)), "layers_quantised": layers,
+            "backends": report.backends(self.device) if report else "", "git": os.environ.get("LADDER_REVISION", "unknown"),
+        }  # fmt: skip
+
+    def _new_optimiser(self, lr: float) -> None:
+        self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=self.options.weight_decay)
+
+    def _warm_up(self, work: Path) -> None:
+        """The shared supervised phase on the training answers, or its result where another run has made it."""
+        o, data = self.options, self.data
+        if o.warmup_steps == 0:
+            return
+        key = json.dumps([o.model, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm])
+        file = work / "warmup" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # whoever comes first trains, the others wait
+            if not file.is_file():
+                self._new_optimiser(o.warmup_lr)
+                for step in range(1, o.warmup_steps + 1):
+                    if self.stop.is_set():
+                        raise InterruptedError
+                    rows = data.step_rows(step, o.warmup_batch, seed=0)
+                    answers = [[*data.ids_of(r["reward_model"]["ground_truth"]), data.tokenizer.eos_token_id] for r in rows]
+                    batch = data.tensors([r["ids"] for r in rows], answers, self.device)
+                    for micro in torch.arange(len(rows)).split(o.micro_batch):
+                        logp, _ = self._log_probs(batch, micro)
+                        (-(logp * batch["mask"][micro]).sum() / batch["mask"].sum()).backward()
+                    self._optimise()
+                write_atomically(file, lambda part: torch.save([m.detach().cpu() for m in self.masters], part))
+            self._set_masters(torch.load(file))
+
+    @torch.no_grad()
+    def _set_masters(self, values: list[torch.Tensor] | None = None) -> None:
+        """Write the BF16 weights from the masters, after filling these with `values`."""
+        for i, (p, master) in enumerate(zip(self.weights, self.masters)):
+            if values is not None:
+                master.copy_(values[i])
+            p.copy_(master)  # raises the weight's version: its layer quantises it again
+
+    def _optimise(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self.masters, self.options.max_grad_norm).item()
+        if math.isfinite(norm):  # as verl: a step whose gradient is not finite is left out
+            self.optimiser.step()
+            self._set_masters()
+        self.optimiser.zero_grad()
+        return norm
+
+    @contextmanager
+    @torch.no_grad()
+    def noisy(self, finished: int):
+        """AQN of the step after `finished` ones on the norms' weights, in the rollout only; yields sigma."""
+        parameters = dict(zip(self.names, self.weights))
+        clean = {name: parameters[name].detach().clone() for name in self.noise_targets}
+        try:
+            for name, weight in clean.items():
+                parameters[name].copy_(self.noise.noisy(name, weight, finished))
+            yield self.noise.sigma(finished) if self.noise else 0.0
+        finally:
+            for name, weight in clean.items():
+                parameters[name].copy_(weight)
+
+    def _sample(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list[tuple[list[int], list[float]]]:
+        out, o, sampling = [], self.options, Sampling(temperature=temperature)
+        for part in (slice(i, i + o.rollout_batch) for i in range(0, len(prompts), o.rollout_batch)):
+            limits = [o.response_tokens] * len(prompts[part])
+            out += generate(self.model, prompts[part], limits, seeds[part], sampling, self.stop_ids, self.data.pad_id)
+        return out
+
+    def rollout(self, step: int) -> tuple[dict, dict]:
+        """Sample and score the step's groups; returns the batch and its metrics."""
+        o = self.options
+        rows = [row for row in self.data.step_rows(step, o.prompts, self.seed) for _ in range(o.samples)]
+        with self.noisy(step - 1) as sigma:
+            keys = [f"{self.seed}/{step}/{i}".encode() for i in range(len(rows))]
+            seeds = [int.from_bytes(hashlib.blake2b(k, digest_size=8).digest(), "little") >> 1 for k in keys]
+            samples = self._sample([r["ids"] for r in rows], seeds, o.temperature)
+        tokens = [t for t, _ in samples]
+        scores = torch.tensor([self.data.score(r, t) for r, t in zip(rows, tokens)])
+        groups = scores.view(-1, o.samples)
+        advantages = groups - groups.mean(-1, keepdim=True)
+        if o.norm_std:
+            advantages = advantages / (groups.std(-1, keepdim=True) + 1e-6)
+        batch = self.data.tensors([r["ids"] for r in rows], tokens, self.device)
+        batch["advantage"] = advantages.flatten().to(self.device)
+        logp = [torch.tensor(values) for _, values in samples]
+        batch["rollout"] = nn.utils.rnn.pad_sequence(logp, batch_first=True).to(self.device)
+        cut = [len(t) == o.response_tokens and t[-1] not in self.stop_ids for t in tokens]
+        return batch, {
+            "critic/score/mean": scores.mean().item(), "response_length/mean": fmean(map(len, tokens)),
+            "response_length/clip_ratio": sum(cut) / len(cut), "mxfp4/aqn_sigma": sigma,
+            "critic/groups_without_signal": (groups.amax(-1) == groups.amin(-1)).float().mean().item(),
+        }  # fmt: skip
+
+    def _log_probs(self, batch: dict, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the response tokens and the entropy there; the logits of other tokens are not computed."""
+        ids, seen, width = batch["ids"][rows], batch["seen"][rows], batch["mask"].shape[1]
+        positions = (seen.cumsum(-1) - 1).clamp_(min=0)
+        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        out = self.model(**inputs, use_cache=False, logits_to_keep=width + 1)
+        logp = (out.logits[:, :-1].float() / self.options.temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, ids[:, -width:, None]).squeeze(-1), entropy
+
+    def _backward(self, batch: dict, mini: torch.Tensor, sums: dict) -> None:
+        """Gradients of a mini-batch into the masters, its metrics' sums into `sums`."""
+        o, tokens = self.options, batch["mask"][mini].sum()
+        for rows in mini.split(o.micro_batch):
+            logp, entropy = self._log_probs(batch, rows)
+            mask, advantage, rollout = batch["mask"][rows], batch["advantage"][rows, None], batch["rollout"][rows]
+            # One optimiser step a rollout: the policy is its own old one. So it is in the unquantised pass, which has "weight".
+            old = batch["old"][rows] if "old" in batch and "weight" not in batch else logp.detach()
+            if "weight" in batch:
+                weight = batch["weight"][rows]
+            else:
+                weight = (old - rollout).exp().clamp(max=o.is_cap)
+                sums["weights"].append(weight)
+            ratio = (logp - old).exp()
+            clipped = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
+            loss = -(torch.minimum(ratio * advantage, clipped * advantage) * weight * mask).sum() / tokens
+            loss.backward()
+            log_ratio = old - rollout
+            sums["actor/entropy"] += (entropy * mask).sum()
+            sums["rollout_corr/kl"] += -(log_ratio * mask).sum()
+            sums["rollout_corr/k3_kl"] += ((log_ratio.exp() - 1 - log_ratio) * mask).sum()
+            sums["actor/pg_clipfrac"] += ((clipped * advantage < ratio * advantage) * mask).sum()
+            sums["tokens"] += mask.sum()
+
+    def update(self, batch: dict, step: int) -> dict[str, float]:
+        """The optimiser steps of one rollout; on a measured step also the errors, and the gradient without quantiser."""
+        o, sums, norms, metrics = self.options, defaultdict(float), [], {}
+        sums["weights"] = []
+        everything = torch.arange(len(batch["ids"]), device=self.device)
+        if o.mini_batches > 1:
+            with torch.no_grad():
+                batch["old"] = torch.cat([self._log_probs(batch, rows)[0] for rows in everything.split(o.micro_batch)])
+        measured = self.quantised and o.measure_every > 0 and (step - 1) % o.measure_every == 0
+        for mini in everything.chunk(o.mini_batches):
+            if measured and self.has_components:
+                start_measuring(self.model, o.measure_rows)
+            self._backward(batch, mini, sums)
+            if measured:
+                if self.has_components:
+                    metrics |= error_metrics(collect_errors(self.model, o.measure_rows, DTYPE), layers=False)
+                metrics |= self._against_bf16(batch, mini, sums["weights"])
+                measured = False
+            norms.append(self._optimise())
+        tokens = sums.pop("tokens")
+        del sums["weights"]
+        metrics |= {name: (total / tokens).item() for name, total in sums.items()}
+        return metrics | {"actor/grad_norm": sum(norms) / len(norms), "actor/lr": o.lr}
+
+    def _against_bf16(self, batch: dict, mini: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, float]:
+        """The quantised gradient's norm over that of BF16 products on the same samples and weights, and their cosine."""
+        own = [m.grad for m in self.masters]
+        for m in self.masters:
+            m.grad = None
+        with unquantised(self.model):
+            self._backward({**batch, "weight": torch.cat(weights)}, mini, defaultdict(float))
+        pairs = [(a, m.grad) for a, m in zip(own, self.masters) if a is not None and m.grad is not None]
+        products = [torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs]
+        dot, own_sq, plain_sq = torch.stack(products).double().sum(0).tolist()
+        for m, gradient in zip(self.masters, own):
+            m.grad = gradient
+        if not own_sq * plain_sq > 0:  # no group had a signal
+            return {}
+        return {"ladder/grad_norm_ratio": (own_sq / plain_sq) ** 0.5, "ladder/grad_cosine": dot / (own_sq * plain_sq) ** 0.5}
+
+    def validate(self) -> list[float]:
+        """The score of every held-out problem, greedy, without noise."""
+        rows = self.data.val
+        samples = self._sample([r["ids"] for r in rows], [0] * len(rows), temperature=0.0)
+        return [self.data.score(row, tokens) for row, (tokens, _) in zip(rows, samples)]
+
+    def go(self) -> int:
+        """Run to the end, or until told to stop; returns the exit code."""
+        o, accuracy = self.options, f"val-core/{self.data.val[0]['data_source']}/acc/mean@1"
+        self._resume()
+        try:
+            if self.step == 0 and o.validate_every and not self.stop.is_set():
+                self._log(0, {accuracy: fmean(self.validate())})
+            while self.step < o.steps and not self.stop.is_set():
+                began, step = time.perf_counter(), self.step + 1
+                batch, metrics = self.rollout(step)
+                generated = time.perf_counter()
+                metrics |= self.update(batch, step)
+                now = time.perf_counter()
+                metrics |= {"timing_s/gen": generated - began, "timing_s/update_actor": now - generated}
+                metrics["timing_s/step"] = now - began
+                if o.validate_every and step % o.validate_every == 0 and step < o.steps:
+                    metrics[accuracy] = fmean(self.validate())
+                self._log(step, metrics)
+                self.step = step
+                if self.stop.is_set() or step == o.steps or (o.checkpoint_every and step % o.checkpoint_every == 0):
+                    self._save()
+            if self.step < o.steps:
+                return MORE_TO_DO
+            scores = self.validate()
+            with unquantised(self.model):
+                plain = self.validate()
+            self._log(o.steps, {accuracy: fmean(scores), "ladder/val_unquantised": fmean(plain)})
+            problems = [row["prompt"][-1]["content"] for row in self.data.val]
+            result = {"scores": scores, "scores_unquantised": plain, "problems": problems}
+        except FloatingPointError as error:  # a result too: this run's training diverged
+            result = {"diverged": self.step + 1, "why": str(error)}
+        self._heartbeat()
+        write_atomically(self.folder / "done.json", json.dumps({**result, "steps": self.step}))
+        (self.folder / "state.pt").unlink(missing_ok=True)
+        return 0
+
+    def _save(self) -> None:
+        state = {"step": self.step, "masters": self.masters, "optimiser": self.optimiser.state_dict()}
+        state["rng"] = torch.get_rng_state()  # the CPU's: nothing draws on a GPU
+        write_atomically(self.folder / "state.pt", lambda part: torch.save(state, part))
+
+    def _resume(self) -> None:
+        file = self.folder / "state.pt"
+        if file.is_file():
+            state = torch.load(file, map_location="cpu")
+            self.step = state["step"]
+            self._set_masters(state["masters"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            torch.set_rng_state(state["rng"])
+        keep_steps(self.folder / "metrics.jsonl", self.step if file.is_file() else -1)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as out:
+            out.write(json.dumps({"step": step, "data": metrics}) + "\n")
+        self._heartbeat()
+        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN or "val" in k)
+        print(f"step {step}: {shown}", flush=True)
+
+    def _heartbeat(self) -> None:
+        """This process's time, written at every step: a process that is killed has still told it."""
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        own = {"wall_s": time.time() - self.began, "cpu_s": time.process_time(), "peak_bytes": peak, "at_step": self.step}
+        record_session(self.folder / "sessions.json", {"began": self.began, **self.machine, **own})
+
+
+def _move_gradient(p: nn.Parameter, master: nn.Parameter) -> None:
+    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+    p.grad = None
+
+
+def main() -> int:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the runner, which tells its runs
+    try:
+        return Run(sys.argv[1], stop).go()
+    except InterruptedError:  # in the warm-up
+        return MORE_TO_DO
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,301 @@
+"""The ladder's page: `python recipes/ladder/report.py runs/ladder --out docs/results.md`. It reads stored runs only.
+
+Runs of one seed saw the same problems in the same order and drew with the same random numbers, so a rung is compared with BF16
+seed by seed and problem by problem. Of the difference d[seed, problem] the page shows two 90 % intervals: Student's over the
+seeds' means, and a bootstrap that draws seeds and problems anew, both with replacement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from mxfp4_rl.monitor.run_log import RunLog
+from mxfp4_rl.recipe import QuantRecipe
+from recipes.ladder.rungs import GROUPS, RUNGS
+
+BASELINE = "bf16"
+RESAMPLES = 10_000
+_T95 = (
+    6.314,
+    2.920,
+    2.353,
+    2.132,
+    2.015,
+    1.943,
+    1.895,
+    1.860,
+    1.833,
+)  # one-sided 95 % of Student's t, degrees of freedom 1 to 9
+
+
+@dataclass
+class StoredRun:
+    """One run's folder, read."""
+
+    folder: Path
+    config: dict
+    log: RunLog | None
+    result: dict | None  # done.json
+    sessions: list[dict]
+
+    @classmethod
+    def load(cls, folder: Path) -> StoredRun:
+        def read(name: str):
+            file = folder / name
+            return json.loads(file.read_text()) if file.is_file() else None
+
+        try:
+            log = RunLog.load(folder)
+        except (FileNotFoundError, ValueError):  # nothing logged yet
+            log = None
+        return cls(folder, read("config.json"), log, read("done.json"), list((read("sessions.json") or {}).values()))
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """The final score of each problem; None if the run is not at its end, or diverged."""
+        return np.array(self.result["scores"]) if self.result and "scores" in self.result else None
+
+    @property
+    def state(self) -> str:
+        if self.result is None:
+            step = max(self.log.records) if self.log else 0
+            return f"at step {step} of {self.config['options']['steps']}"
+        return f"diverged at step {self.result['diverged']}: {self.result['why']}" if "diverged" in self.result else "done"
+
+    def seconds_a_step(self) -> list[float]:
+        """Of the steps after the first that measure nothing beside training."""
+        every = self.config["options"]["measure_every"]
+        steps, seconds = self.log.series("timing_s/step") if self.log else ((), ())
+        return [v for s, v in zip(steps, seconds) if s > 1 and (not every or (s - 1) % every)]
+
+
+def load_runs(out: Path) -> dict[str, list[StoredRun]]:
+    """Rung -> its runs by seed.
+
+    Raises:
+        ValueError: there are none, or they were made with different options.
+    """
+    runs = [StoredRun.load(file.parent) for file in sorted(out.glob("*/seed*/config.json"))]
+    if not runs:
+        raise ValueError(f"{out} holds no runs (RUNG/seedN/config.json): start some with recipes/ladder/run.py")
+    other = [r.folder for r in runs if r.config["options"] != runs[0].config["options"]]
+    if other:
+        raise ValueError(f"{other[0]} and {runs[0].folder} were made with different options: they cannot be compared")
+    known = list(RUNGS)
+    by_rung = defaultdict(list)
+    for run in sorted(runs, key=lambda r: (known.index(r.config["rung"]) if r.config["rung"] in known else 99, r.seed)):
+        by_rung[run.config["rung"]].append(run)
+    return dict(by_rung)
+
+
+def paired_difference(rung: list[StoredRun], baseline: list[StoredRun]) -> np.ndarray:
+    """d[seed, problem] over the seeds that both have finished; no rows if there are none.
+
+    Raises:
+        ValueError: the runs were validated on different problems.
+    """
+    base = {run.seed: run for run in baseline if run.scores is not None}
+    rows = []
+    for run in rung:
+        if run.scores is None or run.seed not in base:
+            continue
+        if run.result["problems"] != base[run.seed].result["problems"]:
+            raise ValueError(f"{run.folder} and {base[run.seed].folder} were validated on different problems")
+        rows.append(run.scores - base[run.seed].scores)
+    return np.array(rows)
+
+
+def student_interval(d: np.ndarray) -> tuple[float, float] | None:
+    """90 % interval of the mean over seeds; None for a single one."""
+    means = d.mean(axis=1)
+    n = len(means)
+    if n < 2:
+        return None
+    half = _T95[min(n - 1, len(_T95)) - 1] * means.std(ddof=1) / n**0.5
+    return means.mean() - half, means.mean() + half
+
+
+def bootstrap_interval(d: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """90 % interval of the mean, seeds and problems drawn anew with replacement."""
+    rng = np.random.default_rng(0)
+    seeds, problems = d.shape
+    means = np.empty(resamples)
+    for i in range(resamples):
+        # Weights of how often each problem was drawn: the same problems for every seed that is drawn.
+        weights = np.bincount(rng.integers(problems, size=problems), minlength=problems)
+        means[i] = (d[rng.integers(seeds, size=seeds)].mean(axis=0) * weights).sum() / problems
+    return tuple(np.quantile(means, (0.05, 0.95)))
+
+
+def bits_of(config: dict) -> tuple[str, str]:
+    """Bits a value of weights and activations."""
+    if config["fp8"]:
+        return ("8 + 32 a row",) * 2
+    operands = (config["recipe"] or {}).get("weight"), (config["recipe"] or {}).get("activation")
+    weight, activation = (f"{QuantRecipe.from_dict(o).bits_per_element:.4g}" if o else "16" for o in operands)
+    return weight, activation
+
+
+def device_seconds(runs: list[StoredRun]) -> dict[str, tuple[float, float, float]]:
+    """Device -> (seconds on which any process held it, seconds of all processes together, CPU seconds of these)."""
+    sessions = defaultdict(list)
+    for run in runs:
+        for session in run.sessions:
+            sessions[session["device"]].append(session)
+    out = {}
+    for device, own in sessions.items():
+        busy, until = 0.0, 0.0
+        for begin, end in sorted((s["began"], s["began"] + s["wall_s"]) for s in own):
+            busy += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        out[device] = busy, sum(s["wall_s"] for s in own), sum(s["cpu_s"] for s in own)
+    return out
+
+
+def _row(name: str, runs: list[StoredRun], baseline: list[StoredRun]) -> list[str]:
+    ended = [run for run in runs if run.scores is not None]
+    weight, activation = bits_of(runs[0].config)
+    seconds = [v for run in runs for v in run.seconds_a_step()]
+    timing = f"{np.median(seconds):.3g}" if seconds else ""
+    numbers = [""] * 5
+    if ended:
+        means = [run.scores.mean() for run in ended]
+        plain = np.mean([np.mean(run.result["scores_unquantised"]) for run in ended])
+        spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+        numbers[0], numbers[4] = f"{np.mean(means):.3f}{spread}", f"{plain:.3f}"
+        d = paired_difference(runs, baseline)
+        if name != BASELINE and len(d):
+            student = student_interval(d)
+            numbers[1:4] = f"{d.mean():+.3f}", _interval(student) if student else "one seed", _interval(bootstrap_interval(d))
+    seeds = ", ".join(str(run.seed) for run in ended) or "none at its end"
+    return [runs[0].config["label"], seeds, *numbers, f"{weight} / {activation}", timing]
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def missing_runs(by_rung: dict[str, list[StoredRun]], rungs: list[str], seeds: int) -> list[str]:
+    """One line for each run that should be there and is not at its end."""
+    out = []
+    for name in rungs:
+        stored = {run.seed: run for run in by_rung.get(name, [])}
+        for seed in sorted({*range(seeds), *stored}):
+            state = stored[seed].state if seed in stored else "not started"
+            if state != "done":
+                out.append(f"{name}, seed {seed}: {state}")
+    return out
+
+
+def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: int = 0) -> Path:
+    """Write the page of the runs in `out`, and its figures to a folder of the page's name beside it; returns the page.
+
+    Args:
+        rungs, seeds: what should be there; the ladder, and every seed that some run has.
+
+    Raises:
+        ValueError: as `load_runs`.
+    """
+    from recipes.ladder.figures import draw_components, draw_curves
+
+    by_rung = load_runs(out)
+    everything = [run for runs in by_rung.values() for run in runs]
+    rungs = [*dict.fromkeys([r.name for r in GROUPS["ladder"]] + (rungs or []) + list(by_rung))]
+    seeds = max(seeds, 1 + max(run.seed for run in everything))
+    baseline = by_rung.get(BASELINE, [])
+    options = everything[0].config["options"]
+    missing = missing_runs(by_rung, rungs, seeds)
+
+    lines = ["# The ladder: RL from BF16 to MXFP4", "", "Written by `python recipes/ladder/report.py`; do not edit.", ""]
+    lines += [
+        f"Model {Path(options['model']).name}, task {json.dumps(options['task'])}, {options['steps']} steps of "
+        f"{options['prompts']} prompts x {options['samples']} samples. All options: `{json.dumps(options)}`.", "",
+    ]  # fmt: skip
+    lines += [f"**Missing: {len(missing)} runs.** Numbers below are of those that are at their end.", ""] if missing else []
+    lines += [f"* {line}" for line in missing] + [""] * bool(missing)
+    header = [
+        "rung",
+        "seeds",
+        "final accuracy ± sd over seeds",
+        "minus BF16",
+        "90 % over seeds",
+        "90 % over seeds and problems",
+    ]
+    header += ["accuracy without quantiser", "bits W / A", "s a step"]
+    rows = [_row(name, by_rung[name], baseline) for name in rungs if name in by_rung]
+    lines += ["## Final validation", "", *_table(header, rows), ""]
+    shared = max((s["jobs"] for run in everything for s in run.sessions), default=1)
+    lines += [
+        "Accuracy: greedy, held-out problems, rollout's quantiser on, no noise. Differences are paired by seed and problem "
+        "(Student's t over seeds; bootstrap of seeds and problems, "
+        f"{RESAMPLES} resamples). Seconds: median of steps that only train, up to {shared} runs at once on the device.", "",
+    ]  # fmt: skip
+    figures = page.with_suffix("")
+    figures.mkdir(parents=True, exist_ok=True)
+    for group, members in {**GROUPS, "other": []}.items():
+        names = [rung.name for rung in members] or [name for name in by_rung if name not in RUNGS]
+        drawn = {name: by_rung[name] for name in names if name in by_rung and any(r.log for r in by_rung[name])}
+        if not drawn:
+            continue
+        references = () if group == "ladder" else (BASELINE, "w4a4+mbs+of")
+        drawn = {name: by_rung[name] for name in references if name in by_rung} | drawn
+        for kind, draw in (("curves", draw_curves), ("components", draw_components)):
+            figure = draw(drawn)
+            if figure is None:
+                continue
+            file = figures / f"{group}_{kind}.png"
+            figure.savefig(file, dpi=110)
+            lines += [f"## {group.capitalize()}: {kind}", "", f"![{group}, {kind}]({figures.name}/{file.name})", ""]
+            lines += [
+                "Mean over seeds, band from the lowest to the highest. From " + ", ".join(drawn) + ", all seeds stored.",
+                "",
+            ]
+    lines += ["## Time", ""]
+    for device, (busy, together, cpu) in device_seconds(everything).items():
+        text = f"held {busy / 3600:.2f} h in all, {together / 3600:.2f} h of processes, {cpu / 3600:.2f} h of CPU time"
+        lines += [f"* {device}: {text}"]
+    lines += ["", "## Runs", "", "Every number of a row comes from these folders (config.json, metrics.jsonl, done.json).", ""]
+    header = ["rung", "folders", "state", "revision", "device", "versions"]
+    lines += [*_table(header, [_provenance(by_rung[name]) for name in rungs if name in by_rung]), ""]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines))
+    return page
+
+
+def _provenance(runs: list[StoredRun]) -> list[str]:
+    config = runs[0].config
+    revisions = {s["git"] for run in runs for s in run.sessions} or {config["git"]}
+    devices = {s["device"] for run in runs for s in run.sessions} or {config["device"]}
+    versions = " ".join(f"{k} {v}" for k, v in config["versions"].items())
+    states = ", ".join(run.state for run in runs)
+    folders = ", ".join(f"{run.config['rung']}/seed{run.seed}" for run in runs)
+    return [config["label"], folders, states, ", ".join(sorted(revisions)), ", ".join(sorted(devices)), versions]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="the runner's --out")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--seeds", type=int, default=0, help="seeds that there should be; default: as many as any rung has")
+    arguments = parser.parse_args()
+    print(write_report(arguments.runs, arguments.out, seeds=arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

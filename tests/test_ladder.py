@@ -1,0 +1,261 @@
+"""The ladder's instrument, runner and report, on the tiny model: `recipes/ladder`."""
+
+import json
+import threading
+import time
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from mxfp4_rl.nn import MXFP4Linear, converted_layers, linear
+from mxfp4_rl.quant import fake_quantize
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
+from recipes.ladder import grpo, report, run
+from recipes.ladder.options import MORE_TO_DO, Options, step_of
+from recipes.ladder.rungs import GROUPS, RUNGS, chosen
+from recipes.ladder.w8a8 import W8A8Linear, e4m3_rows
+
+SMALL = {
+    "steps": 4, "prompts": 4, "samples": 4, "response_tokens": 5, "micro_batch": 8, "rollout_batch": 64, "lr": 1e-3,
+    "validate_every": 2, "validation": 6, "measure_every": 2, "checkpoint_every": 2,
+}  # fmt: skip
+EVERYTHING = {  # noise, stochastic rounding, two optimiser steps a rollout: all that a resume has to get right
+    **RUNGS["w4a4+mbs+of+aqn"].config(),
+    "recipe": RUNGS["w4a4g4sr+mbs+of"].recipe(),
+}
+
+
+def reward_digits(data_source, solution_str, ground_truth, extra_info=None):
+    """The share of a response's characters that are digits: a random model gets a tenth of it."""
+    return sum(c.isdigit() for c in solution_str) / max(1, len(solution_str))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """{"model", "task"}: the tiny model, and its own prompts with the trivial reward."""
+    folder = tmp_path_factory.mktemp("ladder")
+    from mxfp4_rl.tasks.data import resolve_task
+
+    made = resolve_task("arithmetic", folder)
+    files = {"train": str(made.train_path), "val": str(made.val_path), "reward": "tests.test_ladder:reward_digits"}
+    return {"model": str(make_tiny_model(folder / "tiny")), "task": files}
+
+
+def prepared(folder, task, config, seed=0, **options):
+    """A run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "seed": seed, "work": str(folder.parent), "options": {**SMALL, **task, **options}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def logged(folder):
+    """Step -> metrics, without the times."""
+    out = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        out.setdefault(record["step"], {}).update({k: v for k, v in record["data"].items() if "timing" not in k})
+    return out
+
+
+def test_it_learns_a_trivial_reward(tmp_path, task):
+    folder = prepared(
+        tmp_path / "run", task, RUNGS["w4a4+mbs+of"].config(), steps=12, prompts=8, samples=8, lr=5e-3, validate_every=0
+    )
+    assert grpo.Run(folder).go() == 0
+    log = logged(folder)
+    rewards = [log[step]["critic/score/mean"] for step in range(1, 13)]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15, rewards
+    first = log[1]
+    assert 0.3 < first["ladder/grad_norm_ratio"] < 3 and 0.5 < first["ladder/grad_cosine"] <= 1
+    assert first["mxfp4/rel_mse"] > 0 and first["mxfp4/activation/rel_mse"] > 0 and first["actor/entropy"] > 1
+    done = json.loads((folder / "done.json").read_text())
+    assert len(done["scores"]) == len(done["scores_unquantised"]) == SMALL["validation"]
+    assert not (folder / "state.pt").exists()
+
+
+class _CutOff(grpo.Run):
+    """Told to stop in step 3; killed in step 5, a step after its last checkpoint."""
+
+    def rollout(self, step):
+        if step == 3 and not (self.folder / "told").exists():
+            (self.folder / "told").touch()
+            self.stop.set()
+        if step == 6:
+            raise KeyboardInterrupt
+        return super().rollout(step)
+
+
+def test_a_run_that_is_cut_off_goes_on_to_the_last_digit(tmp_path, task):
+    options = {"steps": 7, "mini_batches": 2}
+    whole = grpo.Run(prepared(tmp_path / "whole", task, EVERYTHING, **options))
+    assert whole.go() == 0
+    folder = prepared(tmp_path / "cut", task, EVERYTHING, **options)
+    assert _CutOff(folder).go() == MORE_TO_DO
+    assert max(logged(folder)) == 3  # the step it was in, finished
+    with pytest.raises(KeyboardInterrupt):
+        _CutOff(folder).go()
+    assert max(logged(folder)) == 5  # beyond the checkpoint of step 4
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "da')  # as a killed process leaves it
+    last = grpo.Run(folder)
+    assert last.go() == 0
+    assert logged(folder) == logged(tmp_path / "whole")
+    for name in ("scores", "scores_unquantised"):
+        assert (
+            json.loads((folder / "done.json").read_text())[name] == json.loads((tmp_path / "whole/done.json").read_text())[name]
+        )
+    for a, b in zip(whole.masters, last.masters):
+        assert torch.equal(a, b)
+    assert len(json.loads((folder / "sessions.json").read_text())) == 3
+
+
+def test_noise_is_in_the_rollout_only(tmp_path, task, monkeypatch):
+    one = grpo.Run(prepared(tmp_path / "run", task, RUNGS["w4a4+aqn"].config(), seed=3, steps=10))
+    assert one.noise.seed == 3
+    parameters, seen = dict(one.model.named_parameters()), []
+
+    def clean():
+        masters = dict(zip(one.names, one.masters))
+        return all(torch.equal(parameters[n], masters[n].to(grpo.DTYPE)) for n in one.names)
+
+    generate, log_probs = grpo.generate, one._log_probs
+    monkeypatch.setattr(grpo, "generate", lambda *a: seen.append(("sampled", clean())) or generate(*a))
+    monkeypatch.setattr(one, "_log_probs", lambda *a: seen.append(("trained", clean())) or log_probs(*a))
+    assert one.noise_targets
+    for step in (1, 2):
+        batch, metrics = one.rollout(step)
+        assert metrics["mxfp4/aqn_sigma"] == one.noise.sigma(step - 1)
+        one.update(batch, step)
+    one.validate()
+    assert seen[0] == ("sampled", True)  # stage 0 has none
+    second = [how for how, _ in seen].index("sampled", 1)
+    assert seen[second] == ("sampled", False) and seen[-1] == ("sampled", True)
+    assert all(is_clean for how, is_clean in seen if how == "trained")
+
+
+def test_rungs_reach_the_layers(tmp_path, task):
+    for rung in RUNGS.values():
+        rung.config()  # every one can be built
+    runs = {}
+    for name in ("bf16", "fp8", "w4a16", "w4a4", "w4a4+mbs"):
+        runs[name] = grpo.Run(prepared(tmp_path / name, task, RUNGS[name].config()))
+    assert not converted_layers(runs["bf16"].model)
+    layers = {name: converted_layers(one.model)["model.layers.0.mlp.down_proj"] for name, one in runs.items() if name != "bf16"}
+    assert layers["w4a16"].recipe.activation is None and layers["w4a4"].recipe.activation is not None
+    assert layers["w4a4"].recipe.weight.macro_block is None and layers["w4a4+mbs"].recipe.weight.macro_block == "static"
+    for name in ("w4a16", "w4a4", "w4a4+mbs"):
+        layer = layers[name]
+        assert torch.equal(layer.weight_operand(grpo.DTYPE), fake_quantize(layer.weight.detach(), layer.recipe.weight))
+    assert type(layers["fp8"]) is W8A8Linear
+    assert torch.equal(layers["fp8"].weight_operand(grpo.DTYPE), e4m3_rows(layers["fp8"].weight.detach()))
+    assert all(not isinstance(one.model.lm_head, MXFP4Linear) for one in runs.values())
+    with grpo.unquantised(runs["w4a4"].model):
+        assert type(layers["w4a4"]) is torch.nn.Linear
+    assert type(layers["w4a4"]) is MXFP4Linear
+    batches = {name: one.rollout(1)[0] for name, one in runs.items()}
+    logp = {name: one._log_probs(batches["bf16"], torch.arange(16))[0] for name, one in runs.items()}
+    off = {name: (logp[name] - logp["bf16"]).detach().abs().mean() for name in runs}
+    assert 0 < off["fp8"] < off["w4a16"] < off["w4a4"]
+
+
+def test_weights_are_quantised_once_an_optimiser_step(tmp_path, task, monkeypatch):
+    one = grpo.Run(prepared(tmp_path / "run", task, RUNGS["w4a16"].config()))
+    made = []
+    plain = linear.operand
+    monkeypatch.setattr(linear, "operand", lambda t, r, axis=-1: (made.append(r) if r else None, plain(t, r, axis))[1])
+    layers = len(converted_layers(one.model))
+    for step in (2, 4):  # not measured
+        batch, _ = one.rollout(step)
+        one.update(batch, step)
+    assert len(made) == 2 * layers
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, task):
+    gradients = []
+    for size in (3, 16):
+        one = grpo.Run(prepared(tmp_path / str(size), task, RUNGS["bf16"].config(), micro_batch=size))
+        batch, _ = one.rollout(1)
+        one._backward(batch, torch.arange(16), defaultdict(float, weights=[]))
+        gradients.append(torch.cat([m.grad.flatten() for m in one.masters]))
+        assert all(p.grad is None for p in one.weights)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert abs(gradients[0].norm() / gradients[1].norm() - 1) < 0.02
+
+
+def test_a_diverged_run_is_a_result(tmp_path, task, monkeypatch):
+    folder = prepared(tmp_path / "run", task, RUNGS["bf16"].config())
+    one = grpo.Run(folder)
+    monkeypatch.setattr(one, "update", lambda *_: (_ for _ in ()).throw(FloatingPointError("not finite")))
+    assert one.go() == 0
+    assert json.loads((folder / "done.json").read_text())["diverged"] == 1
+    stored = report.StoredRun.load(folder)
+    assert stored.scores is None and "diverged at step 1" in stored.state
+
+
+def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
+    out = tmp_path / "runs"
+    options = Options.from_dict({**SMALL, **task, "steps": 30, "warmup_steps": 2, "warmup_batch": 8, "checkpoint_every": 0})
+    runs = [(rung, 0) for rung in chosen(["bf16", "w4a4+mbs"])]
+    assert run.Runner(out, options, runs, jobs=2).go(time_limit=0.5) == MORE_TO_DO  # ended while they start
+
+    assert grpo.Run(out / "bf16/seed0").go() == 0  # here, to save its process's start
+    runner = run.Runner(out, options, runs, jobs=2)
+    logs = [out / rung.name / "seed0/metrics.jsonl" for rung, _ in runs]
+
+    def stop_in_the_middle():
+        while not all(log.is_file() and len(log.read_text().splitlines()) > 3 for log in logs):
+            time.sleep(0.02)
+        runner.stop()
+
+    threading.Thread(target=stop_in_the_middle, daemon=True).start()
+    assert runner.go() == MORE_TO_DO
+    assert (out / "w4a4+mbs/seed0/state.pt").is_file() and not (out / "w4a4+mbs/seed0/done.json").is_file()
+    assert len(list((out / "warmup").glob("*.pt"))) == 1  # made by one, read by the other
+    page = report.write_report(out, out / "half.md")
+    assert "w4a4+mbs, seed 0: at step" in page.read_text()
+
+    setting = [f"{k}={json.dumps(v)}" for k, v in vars(options).items()]
+    command = ["--out", str(out), "--rungs", "bf16", "w4a4+mbs", "--seeds", "1", "--jobs", "2", "--set", *setting]
+    assert run.main(command) == 0
+    for log in logs:
+        steps = [step_of(line) for line in log.read_text().splitlines()]
+        assert steps == [*range(31), 30]  # every step once, and the final validation
+        config = json.loads((log.parent / "config.json").read_text())
+        assert config["git"] and config["device"] and config["versions"]["torch"] == torch.__version__
+    assert len(json.loads((out / "w4a4+mbs/seed0/sessions.json").read_text())) >= 2
+    capsys.readouterr()
+    assert run.main(command) == 0
+    assert "2 runs were done, 0 to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lr="):
+        run.Runner(out, Options.from_dict({**vars(options), "lr": 0.1}), runs)
+
+    text = (out / "results.md").read_text()
+    scores = {rung.name: report.StoredRun.load(out / rung.name / "seed0").scores for rung, _ in runs}
+    difference = scores["w4a4+mbs"].mean() - scores["bf16"].mean()
+    assert f"| BF16 | 0 | {scores['bf16'].mean():.3f} |" in text and f"| {difference:+.3f} | one seed |" in text
+    assert "**Missing: 7 runs.**" in text and "w4a16, seed 0: not started" in text
+    assert "w4a4+mbs/seed0" in text and "4.312 / 4.312" in text
+    for name in ("curves", "components"):
+        assert (out / f"results/ladder_{name}.png").stat().st_size > 10_000
+
+
+def test_intervals():
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.1, 0.3, size=(4, 400)) + rng.normal(0, 0.02, size=(4, 1))
+    for low, high in (report.student_interval(d), report.bootstrap_interval(d, 500)):
+        assert low < d.mean() < high and high - low < 0.15
+    assert report.student_interval(d[:1]) is None
+    low, high = report.bootstrap_interval(d[:1], 2000)  # one seed: problems only, 1.645 standard errors
+    assert (high - low) / 2 == pytest.approx(1.645 * d[0].std() / 20, rel=0.1)
+
+
+def test_what_is_asked_for_is_checked():
+    assert [rung.name for rung in chosen(["ladder"])][:4] == ["bf16", "fp8", "w4a16", "w4a4"]
+    assert len(chosen(["all"])) == len(RUNGS) == sum(map(len, GROUPS.values()))
+    with pytest.raises(ValueError, match="no rung 'w4a5'"):
+        chosen(["w4a5"])
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        Options.from_dict({"stepz": 3})
