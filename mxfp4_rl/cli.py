@@ -1,4 +1,4 @@
-"""The command line: `mxfp4-rl train`, `mxfp4-rl report` and `mxfp4-rl decompose`.
+"""The command line: `mxfp4-rl train`, `report`, `eval` and `decompose`.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
 130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
             from mxfp4_rl.analysis import command
 
             return command.run(options)
+        if options.command == "eval":
+            from mxfp4_rl.evaluation import command as evaluation
+
+            return evaluation.run(options, arguments)
         return _report(options)
     except LaunchError as error:
         return _refuse(error, str(error))
@@ -84,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
 
     from mxfp4_rl.analysis.command import add_arguments
+    from mxfp4_rl.evaluation.command import add_arguments as add_eval_arguments
+
+    what = "Measure how many of a task's held-out problems a checkpoint answers, with and without the quantiser."
+    add_eval_arguments(commands.add_parser("eval", help="accuracy of a checkpoint", description=what, allow_abbrev=False))
 
     what = "Split a checkpoint's quantisation error into its parts, and measure what each correction repairs."
     add_arguments(commands.add_parser("decompose", help="what MXFP4 does to a model", description=what, allow_abbrev=False))

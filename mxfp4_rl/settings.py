@@ -21,6 +21,7 @@ from mxfp4_rl.recipe import ModelRecipe, RecipeError, check_keys, plain
 
 HF_ROLLOUT, VLLM_ROLLOUT = "mxfp4_hf", "vllm"
 ROLLOUTS = (HF_ROLLOUT, VLLM_ROLLOUT)  # values of `rollout.name` that hold MXFP4 weights
+RECIPE_FILE = "mxfp4_recipe.json"  # in a checkpoint: the recipe it was trained with, null for BF16
 
 
 @dataclass(frozen=True)

@@ -194,12 +194,21 @@ def _check_micro_batch(key: str, block: DictConfig, samples: int, whole: str) ->
 
 
 def _check_lengths(config: DictConfig, settings: Settings) -> list[str]:
+    from mxfp4_rl.tasks import word_problems
+
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     if settings.task is None and (prompt <= 64 or response <= 16):
         return [
             f"data.max_prompt_length={prompt}, data.max_response_length={response} fit the built-in arithmetic: longer prompts "
             "lose their beginning and longer answers their end; set both for your data"
         ]
+    if hasattr(settings.task, "get") and settings.task.get("name") == word_problems.DATA_SOURCE:
+        wanted = word_problems.RECOMMENDED_PROMPT_TOKENS, word_problems.RECOMMENDED_RESPONSE_TOKENS
+        if prompt < wanted[0] or response < wanted[1]:
+            return [
+                f"data.max_prompt_length={prompt}, data.max_response_length={response} are short for word_problems, which "
+                f"wants {wanted[0]} and {wanted[1]}: longer prompts lose their beginning and longer answers their end"
+            ]
     return []
 
 

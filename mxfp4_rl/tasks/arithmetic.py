@@ -13,18 +13,16 @@ verl finds the score by ``reward.custom_reward_function``: ``path=pkg://mxfp4_rl
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import random
 import re
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from .common import CONTROL_TOKEN, NUMERAL, is_int, make_row, take_turns, write_once
 
 __all__ = [
     "DATA_SOURCE",
@@ -129,7 +127,7 @@ def make_problems(
         rng.shuffle(pairs)
         orders_by_op[op] = pairs
 
-    held_out = _take_turns(list(orders_by_op.values()))
+    held_out = take_turns(list(orders_by_op.values()))
     val: list[Problem] = []
     train_pairs: dict[str, list[Problem]] = {op: [] for op in orders_by_op}
     for orders in held_out:
@@ -139,7 +137,7 @@ def make_problems(
             train_pairs[orders[0].op].extend(orders)
     for problems in train_pairs.values():
         rng.shuffle(problems)
-    train = _take_turns(list(train_pairs.values()))
+    train = take_turns(list(train_pairs.values()))
 
     wanted = train_size if train_size is not None else 1
     if len(val) < val_size or len(train) < wanted:
@@ -174,31 +172,12 @@ def write_parquet(out_dir: str | os.PathLike, seed: int = 0, **options) -> tuple
     """
     train, val = make_problems(seed, **options)
     # The problems are the options' whole effect: hashing them also tells defaults apart that changed between versions.
-    identity = json.dumps([_FORMAT_VERSION, [p.text for p in train], [p.text for p in val]])
-    folder = Path(out_dir).expanduser() / f"{DATA_SOURCE}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    paths = (folder / "train.parquet", folder / "val.parquet")
-    if all(path.is_file() for path in paths):
-        return paths
-
-    import pyarrow
-    import pyarrow.parquet
-
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    staging.mkdir(parents=True)
-    try:
-        for path, split, problems in zip(paths, ("train", "val"), (train, val), strict=True):
-            rows = [_row(problem, split, index) for index, problem in enumerate(problems)]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), staging / path.name)
-        if folder.exists() and not all(path.is_file() for path in paths):
-            shutil.rmtree(folder)  # someone deleted one of the files
-        try:
-            os.replace(staging, folder)
-        except OSError:
-            if not all(path.is_file() for path in paths):  # else another process was faster with the same rows
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return paths
+    identity = [_FORMAT_VERSION, [p.text for p in train], [p.text for p in val]]
+    rows = (
+        [make_row(DATA_SOURCE, p.text, p.answer, split, index) for index, p in enumerate(problems)]
+        for split, problems in (("train", train), ("val", val))
+    )
+    return write_once(out_dir, DATA_SOURCE, identity, *rows)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
@@ -230,21 +209,19 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     return {"score": score, "acc": score}
 
 
-_CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?s>|<(?:eos|pad|bos|assistant)>")
-_NUMERAL = r"(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*)"
 _RESTATEMENT = re.compile(
-    rf"(?<![\w.,])[+-]?{_NUMERAL}\s*(?:[+\-*x\u00d7\u00b7]|plus|minus|times)\s*{_NUMERAL}(?![\w]|[.,][0-9])"
+    rf"(?<![\w.,])[+-]?{NUMERAL}\s*(?:[+\-*x\u00d7\u00b7]|plus|minus|times)\s*{NUMERAL}(?![\w]|[.,][0-9])"
 )
 _CLOSING = r"[\s.!*_`'\")\]}$]*"
 # What may stand right before the number: nothing, a space, "=" or an opening mark, so not "x7", ".7" or a root sign.
-_ANSWER = re.compile(rf"(|\D*?[\s=:*_`'\"(\[{{$])([+-]?)({_NUMERAL}){_CLOSING}")
+_ANSWER = re.compile(rf"(|\D*?[\s=:*_`'\"(\[{{$])([+-]?)({NUMERAL}){_CLOSING}")
 # Far beyond any right reply; keeps the cost of a degenerate one small.
 _MAX_REPLY_CHARS = 2000
 
 
 def _final_integer(text: str) -> str | None:
     """The one integer of a reply, canonical ("-7", "1234"), or None if the reply breaks the rule of the score."""
-    text = _CONTROL_TOKEN.sub(" ", text).replace("\u2212", "-").strip()
+    text = CONTROL_TOKEN.sub(" ", text).replace("\u2212", "-").strip()
     if len(text) > _MAX_REPLY_CHARS:
         return None
     text = _RESTATEMENT.sub(" ", text, count=1)
@@ -263,29 +240,8 @@ def _warn_once(ground_truth: str) -> None:
     logger.warning("ground truth %r is not an integer, its rows always score 0: is this arithmetic data?", ground_truth)
 
 
-def _row(problem: Problem, split: str, index: int) -> dict:
-    # No system message: SmolLM2's chat template then adds its own, with which it was tuned and answers best.
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": problem.text}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
-        "extra_info": {"index": index, "split": split},
-    }
-
-
-def _take_turns(lists: list[list]) -> list:
-    """One item of each list in turn, until all are empty."""
-    longest = max((len(items) for items in lists), default=0)
-    return [items[i] for i in range(longest) for items in lists if i < len(items)]
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _validated(seed, ops, ranges, train_size, val_size, template) -> dict:
-    if not _is_int(seed):
+    if not is_int(seed):
         raise ValueError(f"seed={seed!r} is not an integer: give one, e.g. seed=0.")
     ops = list(ops)
     if not ops or len(set(ops)) != len(ops) or any(op not in _APPLY for op in ops):
@@ -297,7 +253,7 @@ def _validated(seed, ops, ranges, train_size, val_size, template) -> dict:
     checked = {}
     for op in ops:
         bounds = list(ranges.get(op, DEFAULT_RANGES[op]))
-        if len(bounds) != 2 or not all(_is_int(x) for x in bounds) or not 0 <= bounds[0] <= bounds[1] <= 9999:
+        if len(bounds) != 2 or not all(is_int(x) for x in bounds) or not 0 <= bounds[0] <= bounds[1] <= 9999:
             raise ValueError(
                 f"ranges[{op!r}]={bounds!r}: give two integers, 0 <= low <= high <= 9999, e.g. {DEFAULT_RANGES[op]}."
             )
@@ -305,7 +261,7 @@ def _validated(seed, ops, ranges, train_size, val_size, template) -> dict:
             raise ValueError(f"ranges[{op!r}]={bounds!r} spans more than 1000 numbers, over a million problems: narrow it.")
         checked[op] = tuple(bounds)
     for name, value in (("train_size", train_size), ("val_size", val_size)):
-        if not (_is_int(value) and value >= 1) and not (name == "train_size" and value is None):
+        if not (is_int(value) and value >= 1) and not (name == "train_size" and value is None):
             raise ValueError(f"{name}={value!r} is not a positive integer{' or None' if name == 'train_size' else ''}.")
     try:
         one, other = template.format(a=1, op="+", b=2), template.format(a=3, op="*", b=4)

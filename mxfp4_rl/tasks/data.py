@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import arithmetic
+from . import arithmetic, word_problems
 
 __all__ = ["REQUIRED_COLUMNS", "TASKS", "Task", "check_parquet", "resolve_task"]
 
@@ -31,6 +31,7 @@ class Task(NamedTuple):
 # name -> (writer of the data, module and name of the reward function)
 TASKS: dict[str, tuple[Callable[..., tuple[Path, Path]], str, str]] = {
     "arithmetic": (arithmetic.write_parquet, arithmetic.__name__, arithmetic.compute_score.__name__),
+    "word_problems": (word_problems.write_parquet, word_problems.__name__, word_problems.compute_score.__name__),
 }
 
 

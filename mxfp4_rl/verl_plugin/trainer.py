@@ -15,11 +15,9 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mxfp4_rl.monitor.components import error_metrics, pool
-from mxfp4_rl.settings import ROLLOUTS, VLLM_ROLLOUT, Settings
+from mxfp4_rl.settings import RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, prepare_backends
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
-
-RECIPE_FILE = "mxfp4_recipe.json"
 
 
 @register_trainer("mxfp4_sync")
