@@ -10,29 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import ask, recipe_of, tell
+
 RECIPES = (
     "bf16",
     "w4a16 mxfp4", "w4a16 mxfp4+mbs", "w4a16 mxfp4+mbs+of",
     "w4a4 mxfp4", "w4a4 mxfp4+mbs", "w4a4 mxfp4+of", "w4a4 mxfp4+mbs+of",
 )  # fmt: skip
-
-
-def recipe_of(name: str):
-    """ "w4a16 mxfp4+mbs" -> ModelRecipe; None for "bf16"."""
-    from mxfp4_rl import ModelRecipe, QuantRecipe
-
-    if name == "bf16":
-        return None
-    kind, words = name.split()
-    quant = QuantRecipe.parse(words)
-    return ModelRecipe(weight=quant, activation=quant if kind == "w4a4" else None)
 
 
 def k3(rollout: torch.Tensor, trainer: torch.Tensor) -> float:
@@ -148,20 +139,16 @@ def main() -> None:
 
         arguments.model = str(ensure_embedded_model())
     if arguments.recipe:
-        print("RESULT " + json.dumps(measure(arguments)), flush=True)
+        tell(measure(arguments))
         return
     options = ["--eager"] if arguments.eager else []
     for name in ("model", "prompts", "tokens", "kv_mib"):
         options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
 
     def one(recipe):
-        command = [sys.executable, __file__, "--recipe", recipe, *options]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(f"{recipe}: failed\n" + "\n".join(done.stdout.splitlines()[-25:]), flush=True)
+        row = ask(recipe, __file__, "--recipe", recipe, *options)
+        if row is None:
             return None
-        row = json.loads(lines[-1].removeprefix("RESULT "))
         print(
             f"{recipe:22} k3 {row['k3_kl']:.2e}  floor {row['floor_attention']:.2e} (attention), {row['floor_batch']:.2e} "
             f"(batch)  pearson {row['pearson']:.5f}  weights equal {row['weights_equal']}",

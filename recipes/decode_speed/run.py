@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shapes import SHAPES
+from common import SHAPES, ask, recipe_of, tell
 
 MARLIN = "marlin mxfp4"  # vLLM's own W4A16 kernel for the same codes and scales, through compressed-tensors
 MARLIN_CONFIG = {
@@ -29,18 +28,8 @@ MARLIN_CONFIG = {
         "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
     }}},
 }  # fmt: skip
-VARIANTS = ("bf16", "fp8", MARLIN, "w4a16 mxfp4", "w4a16 mxfp4+mbs", "w4a16 mxfp4+mbs+of", "w4a4 mxfp4", "w4a4 mxfp4+mbs+of")
-
-
-def recipe_of(name: str):
-    """ "w4a16 mxfp4+mbs" -> ModelRecipe; None for those that vLLM has itself."""
-    from mxfp4_rl import ModelRecipe, QuantRecipe
-
-    if name in ("bf16", "fp8", MARLIN):
-        return None
-    kind, words = name.split()
-    quant = QuantRecipe.parse(words)
-    return ModelRecipe(weight=quant, activation=quant if kind == "w4a4" else None)
+OF_VLLM = ("bf16", "fp8", MARLIN)
+VARIANTS = (*OF_VLLM, "w4a16 mxfp4", "w4a16 mxfp4+mbs", "w4a16 mxfp4+mbs+of", "w4a4 mxfp4", "w4a4 mxfp4+mbs+of")
 
 
 def measure(arguments) -> dict:
@@ -53,13 +42,14 @@ def measure(arguments) -> dict:
         own = {"quantization": "compressed-tensors", "hf_overrides": {"quantization_config": MARLIN_CONFIG}}
     began = time.perf_counter()
     most = max(arguments.sequences)
+    recipe = recipe_of(arguments.variant, OF_VLLM)
     llm = offline.start(
-        arguments.folder, recipe_of(arguments.variant), skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=most, seed=1,
+        arguments.folder, recipe, skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=most, seed=1,
         gpu_memory_utilization=0.1, kv_cache_memory_bytes=arguments.kv_mib << 20, enable_prefix_caching=False,
         compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"}, **own,
     )  # fmt: skip
     held = offline.model_of(llm)
-    if recipe_of(arguments.variant) is not None:
+    if recipe is not None:
         _random_codes(held)
     ready = time.perf_counter() - began
     weights = sum(p.numel() * p.element_size() for p in held.parameters())
@@ -133,7 +123,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
-        print("RESULT " + json.dumps(measure(arguments)), flush=True)
+        tell(measure(arguments))
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SHAPES[arguments.shape]))
@@ -142,14 +132,9 @@ def main() -> None:
         options += ["--sequences", *map(str, arguments.sequences)]
 
         def one(variant):
-            command = [sys.executable, __file__, "--variant", variant, *options]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            row = ask(variant, __file__, "--variant", variant, *options)
             _mark_ready(Path(folder), variant)  # also if it failed: the others need not wait
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(f"{variant}: failed\n" + "\n".join(done.stdout.splitlines()[-25:]), flush=True)
-                return None
-            return json.loads(lines[-1].removeprefix("RESULT "))
+            return row
 
         with ThreadPoolExecutor(len(arguments.variants)) as pool:
             rows = [row for row in pool.map(one, arguments.variants) if row]

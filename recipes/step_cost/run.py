@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shapes import SHAPES
+from common import SHAPES
 
 PLAIN = ["mxfp4.recipe.macro_block=null", "mxfp4.recipe.fallback_alpha=null"]
 MX = ["mxfp4.recipe.grad={}", "mxfp4.recipe.dgrad=mx", "mxfp4.recipe.wgrad=mx"]
