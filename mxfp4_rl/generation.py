@@ -1,8 +1,8 @@
 """Sampling from a transformers model, for a batch of prompts at once.
 
 Two properties that `generate()` of transformers does not give and a GRPO rollout wants: equal prompts (the n samples of a
-group) share one prefill, and a sample depends only on its own key, not on who else is in the batch. The latter by the
-Gumbel-max trick: argmax(log p + g) is a draw from p, with g from a generator seeded by the request's key.
+group) share one prefill, and a sample depends only on its own key, not on who else is in the batch: each token is the
+distribution function's inverse at one uniform number, from a generator seeded by the request's key.
 """
 
 import math
@@ -76,7 +76,7 @@ def generate(
     logits, mask, ids = out.logits[row, -1], mask[row], ids[row]
 
     warper = sampling.warper()
-    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     tokens: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the requests still in the batch, in its order
@@ -85,8 +85,7 @@ def generate(
         if sampling.temperature == 0:
             choice = logp.argmax(-1)
         else:
-            uniform = torch.stack([torch.rand(logp.shape[-1], generator=noise[i]) for i in active]).to(device)
-            choice = (logp - (-uniform.log()).log()).argmax(-1)
+            choice = _draw(logp, torch.cat([torch.rand(1, generator=draws[i]) for i in active]))
         chosen = logp.gather(-1, choice.unsqueeze(-1)).squeeze(-1).tolist()
         if not all(map(math.isfinite, chosen)):
             raise FloatingPointError("the rollout's logits are not finite: weights or activations hold NaN or Inf")
@@ -114,3 +113,12 @@ def generate(
             logits_to_keep=1,
         )
         logits = out.logits[:, -1]
+
+
+def _draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token of every row [rows, vocabulary] whose share of [0, 1) holds the row's uniform number (float32)."""
+    cumulative = logp.double().exp().cumsum(-1)
+    # In float64 a float32 below 1 stays below 1: the target lies under the last sum, so the token found has a probability above 0.
+    target = uniform.to(logp.device).double().unsqueeze(-1) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return found.clamp_(max=logp.shape[-1] - 1)  # beyond the end only where a logit is NaN, which the caller refuses

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mxfp4_rl.generation import Sampling, generate
+from mxfp4_rl.generation import Sampling, _draw, generate
 from mxfp4_rl.nn import convert, converted_layers
 from mxfp4_rl.noise import AQNSchedule
 from mxfp4_rl.quant import quantize
@@ -68,6 +68,21 @@ def test_samples_follow_the_distribution(model):
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.5).softmax(-1)
     assert (counts - p).abs().max() < 5 * (p.max() / n).sqrt()
+
+
+def test_a_draw_is_the_inverse_of_the_distribution_function():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    below_one = 1 - 2.0**-24
+    for u, token in [(0.0, 1), (0.2499, 1), (0.2501, 3), (0.7499, 3), (0.7501, 4), (below_one, 4)]:
+        assert _draw(p.log(), torch.tensor([u])).item() == token  # never one without probability
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(broken, [[1, 2]], [4], [0], Sampling(), {63}, 0)
 
 
 def test_responses_end_with_the_stop_token(model):

@@ -59,7 +59,7 @@ def command_of(variant: str, arguments) -> list[str]:
         f"{rollout}.max_model_len={arguments.tokens + 128}", f"{rollout}.max_num_seqs={arguments.sequences}",
         f"{actor}.ppo_micro_batch_size_per_gpu={arguments.micro_batch}",
         f"{rollout}.log_prob_micro_batch_size_per_gpu={arguments.micro_batch}", f"{actor}.calculate_entropy=false",
-        f"{rollout}.cudagraph_capture_sizes=[{arguments.sequences}]",
+        f"{rollout}.cudagraph_capture_sizes=[{arguments.sequences}]", f"{rollout}.gpu_memory_utilization=0.2",
         f"trainer.total_training_steps={arguments.steps}", "trainer.val_before_train=false", "trainer.test_freq=-1",
         "trainer.logger=[console]", f"mxfp4.monitor.every={arguments.steps - 1}", f"trainer.experiment_name={_slug(variant)}",
         f"mxfp4.run_dir={arguments.work / 'runs' / _slug(variant)}",
