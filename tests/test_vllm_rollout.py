@@ -11,6 +11,8 @@ from mxfp4_rl.settings import Settings
 
 pytest.importorskip("vllm")
 
+from vllm.v1.core.sched.scheduler import Scheduler
+
 from mxfp4_rl.verl_plugin import vllm_adapter, vllm_worker
 from mxfp4_rl.verl_plugin.vllm_adapter import MXFP4ServerAdapter
 from mxfp4_rl.verl_plugin.vllm_server import MXFP4vLLMServer
@@ -44,17 +46,21 @@ def worker():
 
 
 class Engine:
-    """One worker behind vLLM's asynchronous interface."""
+    """One worker behind vLLM's asynchronous interface, with the reset of vLLM's own scheduler."""
 
     def __init__(self):
-        self.worker, self.resets, self.busy = worker(), 0, False
+        self.worker, self.resets, self.busy, self.connector = worker(), 0, False, None
+        self.vllm_config = types.SimpleNamespace(kv_transfer_config=None)
 
     async def collective_rpc(self, method, args=()):
         return [getattr(self.worker, method)(*args)]
 
-    async def reset_prefix_cache(self, reset_connector=False):
+    async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False):
         self.resets += 1
-        return not self.busy
+        scheduler = object.__new__(Scheduler)
+        scheduler.kv_cache_manager = types.SimpleNamespace(reset_prefix_cache=lambda: not self.busy)
+        scheduler.connector, scheduler.log_stats = self.connector, False
+        return scheduler.reset_prefix_cache(reset_running_requests, reset_connector)
 
 
 def server(enable=True, **settings):
@@ -83,6 +89,17 @@ def test_noise_is_put_on_the_clean_norms_of_the_last_sync_and_never_adds_up():
 def test_noise_does_not_change_under_running_requests():
     own = server()
     own.engine.busy = True
+    with pytest.raises(RuntimeError, match="prefix cache is in use"):
+        asyncio.run(own.set_noise(False))
+
+
+def test_noise_clears_an_external_store_of_keys_and_values_too():
+    own, cleared = server(), []
+    own.engine.vllm_config.kv_transfer_config = object()
+    own.engine.connector = types.SimpleNamespace(reset_cache=lambda: cleared.append(True))
+    asyncio.run(own.set_global_steps(8))
+    assert cleared == [True]
+    own.engine.connector.reset_cache = lambda: False
     with pytest.raises(RuntimeError, match="prefix cache is in use"):
         asyncio.run(own.set_noise(False))
 

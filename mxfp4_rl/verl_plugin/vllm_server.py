@@ -63,7 +63,8 @@ class MXFP4vLLMServer(vLLMHttpServer):
             return 0.0
         step = (self.global_steps or 0) if on else None
         sigmas = await self.engine.collective_rpc("mxfp4_set_noise", args=(self._schedule, step))
-        if not await self.engine.reset_prefix_cache(reset_connector=True):
+        connector = self.engine.vllm_config.kv_transfer_config is not None  # without one, its reset is said to have failed
+        if not await self.engine.reset_prefix_cache(reset_connector=connector):
             raise RuntimeError("the noise of mxfp4.aqn changed while requests were running: vLLM's prefix cache is in use")
         return sigmas[0]
 
