@@ -2,7 +2,7 @@
 every worker, before either is looked up.
 
 The engine takes verl's own strategy names (fsdp, fsdp2): for the CPU verl has none, and on NVIDIA a (device, vendor) key
-goes before verl's device key. With `mxfp4.enable=false` both behave as verl's.
+goes before verl's device key. With `mxfp4.enable=false` both behave as verl's, but for the loop that `log_probs` replaces.
 """
 
 from verl.workers.engine.base import EngineRegistry
@@ -10,8 +10,10 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from mxfp4_rl.settings import HF_ROLLOUT, VLLM_ROLLOUT
+from mxfp4_rl.verl_plugin import log_probs
 from mxfp4_rl.verl_plugin.engine import MXFP4FSDPEngine
 
+log_probs.install()
 EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(MXFP4FSDPEngine)
 EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cuda", vendor="nvidia")(MXFP4FSDPEngine)
 
