@@ -41,7 +41,9 @@ def _products(case: str, rows: int, weights: list[torch.Tensor]) -> Iterator[Row
             if variant == "BF16":
                 return median_ms(lambda w: x @ w.t(), list(zip(weights)))
             if variant == MARLIN:
-                return median_ms(lambda layer: marlin.product(x, layer), [(marlin.prepared(quantize(w, PLAIN)),) for w in weights])
+                return median_ms(
+                    lambda layer: marlin.product(x, layer), [(marlin.prepared(quantize(w, PLAIN)),) for w in weights]
+                )
             recipe, activation = VARIANTS[variant]
             packed = [(quantize(w, recipe),) for w in weights]
             forget_graphs()  # `median_ms` keeps none
