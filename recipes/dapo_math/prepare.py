@@ -1,8 +1,8 @@
 """DAPO-Math-17k and AIME 2024 as verl's parquet files: `python recipes/dapo_math/prepare.py --out data/dapo_math`.
 
 Reads BytedTsinghua-SIA's datasets from the hub, or local files of the same schema (`--train`, `--val`). Both are in verl's
-schema already, but repeat their problems (DAPO-Math-17k holds each about a hundred times, AIME 2024 32 times): here each is kept once,
-since a step's repetitions come from `rollout.n` and validation's from `val_kwargs.n`.
+schema already, but repeat their problems (DAPO-Math-17k holds each about a hundred times, AIME 2024 32 times): here each is
+kept once, since a step's repetitions come from `rollout.n` and validation's from `val_kwargs.n`.
 """
 
 from __future__ import annotations
