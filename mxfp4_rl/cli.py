@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
             from mxfp4_rl.evaluation import command as evaluation
 
             return evaluation.run(options, arguments)
+        if options.command == "export":
+            from mxfp4_rl.export import command as export
+
+            return export.run(options)
         return _report(options)
     except LaunchError as error:
         return _refuse(error, str(error))
@@ -92,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
     what = "Measure how many of a task's held-out problems a checkpoint answers, with and without the quantiser."
     add_eval_arguments(commands.add_parser("eval", help="accuracy of a checkpoint", description=what, allow_abbrev=False))
+
+    from mxfp4_rl.export.command import add_arguments as add_export_arguments
+
+    what = "Write a model's weights, quantised, as a checkpoint that vLLM and transformers load."
+    add_export_arguments(commands.add_parser("export", help="a checkpoint to serve", description=what, allow_abbrev=False))
 
     what = "Split a checkpoint's quantisation error into its parts, and measure what each correction repairs."
     add_arguments(commands.add_parser("decompose", help="what MXFP4 does to a model", description=what, allow_abbrev=False))
