@@ -66,8 +66,8 @@ def run(options) -> int:
                 counts = write_export(checkpoint, plan, out, torch.bfloat16, shard_bytes, progress.advance)
             bits = counts["quantised_bytes"] * 8 / counts["quantised_elements"]
             print(
-                f"written   {out}: {counts['bytes'] / 1e6:.1f} MB in {counts['tensors']} tensors; {counts['quantised']} weights "
-                f"with {bits:.2f} bits a value; {time.monotonic() - began:.1f} s"
+                f"written   {out}: {counts['bytes'] / 1e6:.1f} MB in {counts['tensors']} tensors; {counts['quantised']} "
+                f"weights with {bits:.2f} bits a value; {time.monotonic() - began:.1f} s"
             )
             if plan.left_alone:
                 print(f"left      {len(plan.left_alone)} Linear layers unquantised, e.g. {next(iter(plan.left_alone))}")
