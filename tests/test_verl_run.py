@@ -4,12 +4,16 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
@@ -62,6 +66,7 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
             "trainer.save_freq=2",
             "mxfp4.aqn.stages=2",
             "mxfp4.recipe.overrides={down_proj:{macro_size:64}}",
+            "mxfp4.alerts.entropy=[0,0.5]",  # a fresh model is undecided: this must be told of, once
         ),
         env=environment(tmp_path),
         cwd=tmp_path,
@@ -94,6 +99,39 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
     assert list((run_dir / "tensorboard").rglob("events.*")) and list((run_dir / "wandb").glob("offline-run-*"))
     recipe = json.loads((run_dir / "checkpoints" / "global_step_2" / "mxfp4_recipe.json").read_text())
     assert recipe["weight"]["fallback_alpha"] == 0.5 and recipe["overrides"]["down_proj"]["macro_size"] == 64
+
+    alarm = "step 1: entropy: actor/entropy is "
+    assert result.stdout.count(f"[mxfp4] alarm: {alarm}") == 1 and result.stdout.count("entropy: actor/entropy is") == 1
+    assert list(run.series("mxfp4_alerts/entropy")[1]) == [1.0, 1.0]
+    assert list(run.series("mxfp4_alerts/deadzone_fraction")[1]) == [0.0, 0.0]
+    (wandb_file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    told = [record.alert for record in wandb_records(wandb_file) if record.WhichOneof("record_type") == "alert"]
+    (told,) = [alert for alert in told if alert.title.startswith("entropy:")]
+    assert told.title == "entropy: out of its band" and told.text.startswith(alarm) and told.level == "WARN"
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert {"mxfp4_alerts/messages/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    assert [event.value for event in events.Scalars("mxfp4_alerts/entropy")] == [1.0, 1.0]
+    # What tests/test_panels.py takes for the metrics of a real run still is one's.
+    stored = json.loads((Path(__file__).parent / "metric_names.json").read_text())
+    assert run.names() == stored
+
+
+def wandb_records(path):
+    """The records of wandb's offline file: protobuf messages in the framing of LevelDB's log."""
+    data, block, position, parts = path.read_bytes(), 32768, 7, []
+    while position + 7 <= len(data):
+        left = block - position % block
+        if left < 7:  # too short for a header: padding
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)  # after the checksum
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or a record's last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            yield record
+            parts = []
 
 
 def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_path):

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from mxfp4_rl.launch.outcome import Reporter, print_failure
 from mxfp4_rl.launch.preflight import PreparedRun
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
-from mxfp4_rl.launch.progress import Display, Tail, make_display, phase_of
+from mxfp4_rl.launch.progress import Display, Tail, alarm_of, make_display, phase_of
 from mxfp4_rl.launch.records import CONFIG_FILE, LOG_FILE, print_header, write_records
 from mxfp4_rl.launch.run_dir import METRICS_FILE
 
@@ -97,8 +97,11 @@ def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], c
 
 def _show_news(display: Display, metrics: Tail, log: Tail) -> None:
     for line in log.new_lines():
-        phase = phase_of(line)
-        if phase:
+        alarm = alarm_of(line)
+        phase = None if alarm else phase_of(line)
+        if alarm:
+            display.line(alarm)
+        elif phase:
             display.phase(phase)
     for line in metrics.new_lines():
         try:
