@@ -1,4 +1,4 @@
-"""A saved view on wandb whose panels are grouped as `mxfp4_rl.monitor.panels` says: `python recipes/wandb_workspace.py RUN_DIR`.
+"""A saved view on wandb, its panels grouped as `mxfp4_rl.monitor.panels` says: `python recipes/wandb_workspace.py RUN_DIR`.
 
 The run directory says which metrics there are and which project they were logged to; the view is for every run of the
 project. It needs `pip install wandb-workspaces` and, to save, `wandb login`; `--print` shows the view and needs no network.

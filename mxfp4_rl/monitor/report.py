@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mxfp4_rl.monitor import plots
 from mxfp4_rl.monitor.run_log import CONFIG_FILE, METRICS_FILE, RunLog
@@ -65,16 +66,21 @@ def write_report(run_dir: str | Path, overlay: str | Path | None = None, out_dir
         drawing = section.draw(run, other)
         png = None
         if drawing.figure is not None:
-            buffer = io.BytesIO()
-            drawing.figure.savefig(buffer, format="png", dpi=_DPI)
-            png = buffer.getvalue()
+            png = png_of(drawing.figure)
             _write_whole(target / section.file, png)
         else:
             (target / section.file).unlink(missing_ok=True)
-        body.append(_section_html(section, png, drawing.notes, run, other))
+        body.append(section_html(section, png and _embedded(png, section.title), drawing.notes, run, other))
     page = _page_html(run, other, "\n".join(body))
     _write_whole(target / REPORT_FILE, page.encode("utf-8"))
     return target / REPORT_FILE
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG, at the report's resolution."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
 
 
 def quarter_means(values: np.ndarray) -> tuple[float, float]:
@@ -307,14 +313,15 @@ def _page_html(run: RunLog, other: RunLog | None, body: str) -> str:
 <body>
 <h1>{escape(run.name)}</h1>
 <p class="lead">{lead}</p>
-{warnings}{_table_html(run, other)}
+{warnings}{table_html(run, other)}
 {body}
 </body>
 </html>
 """
 
 
-def _table_html(run: RunLog, other: RunLog | None) -> str:
+def table_html(run: RunLog, other: RunLog | None) -> str:
+    """The rows of `summary`, a column a run."""
     columns = [summary(r) for r in (run, other) if r is not None]
     # Starting from the longer column keeps rows that only one run has at their place among the others.
     labels = list(dict.fromkeys(label for column in sorted(columns, key=len, reverse=True) for label in column))
@@ -329,10 +336,18 @@ def _table_html(run: RunLog, other: RunLog | None) -> str:
     return f"<table>\n{head}<tbody>\n{rows}</tbody>\n</table>"
 
 
-def _section_html(section: Section, png: bytes | None, notes: list[str], run: RunLog, other: RunLog | None) -> str:
-    if png is not None:
-        image = base64.b64encode(png).decode("ascii")
-        content = f'<img alt="{escape(section.title)}" src="data:image/png;base64,{image}">\n'
+def _embedded(png: bytes, title: str) -> str:
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+
+
+def section_html(section: Section, image: str | None, notes: list[str], run: RunLog, other: RunLog | None) -> str:
+    """A plot with its words.
+
+    Args:
+        image: the element that shows it; None where the run lacks its metrics, which is then said instead.
+    """
+    if image is not None:
+        content = f"{image}\n"
         content += f"<p>{escape(section.caption)}</p>\n"
         content += "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
     else:
