@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mxfp4_rl.monitor import plots
+from mxfp4_rl.monitor.alerts import PREFIX as ALERT_PREFIX
 from mxfp4_rl.monitor.run_log import CONFIG_FILE, METRICS_FILE, RunLog
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
@@ -151,7 +152,27 @@ def summary(run: RunLog) -> dict[str, str]:
         if run.has(metric):
             mean = float(np.nanmean(run.series(metric)[1]))
             rows[label] = f"{mean:,.0f}" if metric.endswith("bytes") else _number(mean)
+    if alerts := _describe_alerts(run):
+        rows["Alerts"] = alerts
     return rows
+
+
+def _describe_alerts(run: RunLog) -> str:
+    """Which metrics left their bands and when, "entropy (steps 3 to 7, since step 12)"; "none", or "" if none was watched."""
+    watched = [name for name in run.names() if name.startswith(ALERT_PREFIX)]
+    told = []
+    for metric in watched:
+        steps, active = run.series(metric)
+        edges = np.flatnonzero(np.diff(active == 1, prepend=False, append=False))
+        spans = []
+        for first, after in zip(edges[::2], edges[1::2], strict=True):
+            if after == len(steps):
+                spans.append(f"since step {steps[first]}")
+            else:
+                spans.append(f"step {steps[first]}" if after == first + 1 else f"steps {steps[first]} to {steps[after - 1]}")
+        if spans:
+            told.append(f"{metric.removeprefix(ALERT_PREFIX)} ({', '.join(spans)})")
+    return "; ".join(told) or ("none" if watched else "")
 
 
 def _describe_steps(run: RunLog) -> str:
