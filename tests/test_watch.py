@@ -141,7 +141,7 @@ def test_a_resumed_run_shows_its_own_start_and_goes_back_to_its_own_step(run_dir
     os.utime(run_dir / "metrics.jsonl", (time.time() - 1000,) * 2)
     run = LiveRun(run_dir)
     run_state.begin(run_dir)
-    (run_dir / "verl.log").write_text("Resuming from /x/global_step_5\n")
+    (run_dir / "verl.log").write_text("Resuming from /x/global_step_5\n[mxfp4] alarm: step 7: no phase\n")
     run.read()
     status = run.status()
     assert (status["state"], status["phase"], status["eta"]) == ("running", "Resuming from /x/global_step_5", None)

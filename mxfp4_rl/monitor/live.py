@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mxfp4_rl.launch import run_state
 from mxfp4_rl.launch.failure import find_failure
-from mxfp4_rl.launch.progress import Tail, is_training_step, phase_of, validation_text
+from mxfp4_rl.launch.progress import Tail, alarm_of, is_training_step, phase_of, validation_text
 from mxfp4_rl.launch.records import LOG_FILE
 from mxfp4_rl.monitor.alerts import PREFIX, WATCHED
 from mxfp4_rl.monitor.run_log import CONFIG_FILE, METRICS_FILE, RunLog, read_config, read_record
@@ -72,7 +72,7 @@ class LiveRun:
         if _size(self._log.path) < self._log.offset:
             self._log.offset = 0
         for line in self._log.new_lines():
-            self.phase = phase_of(line) or self.phase
+            self.phase = (None if alarm_of(line) else phase_of(line)) or self.phase
         for line in self._metrics.new_lines():
             self._take(line)
         changed = _modified(self.path / CONFIG_FILE)
