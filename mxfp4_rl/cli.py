@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="plots of a run", description="Write a run's report, also while it runs.")
     report.add_argument("run_dir", help="the run's directory")
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
+    report.add_argument(
+        "--watch", action="store_true", help="serve a page on this machine that follows the run; writes nothing"
+    )
+    report.add_argument("--port", type=int, help="of that page; default: 8766, 0 takes any that is free")
 
     from mxfp4_rl.analysis.command import add_arguments
     from mxfp4_rl.evaluation.command import add_arguments as add_eval_arguments
@@ -138,6 +142,12 @@ def _train(options, overrides: list[str], arguments: list[str], child_command: S
 
 
 def _report(options) -> int:
+    if options.watch:
+        from mxfp4_rl.monitor.watch import DEFAULT_PORT, watch
+
+        return watch(options.run_dir, DEFAULT_PORT if options.port is None else options.port, options.overlay)
+    if options.port is not None:
+        raise LaunchError(f"--port {options.port} is of the page that --watch serves: give --watch too")
     from mxfp4_rl.monitor.report import write_report
 
     try:
