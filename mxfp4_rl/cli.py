@@ -106,7 +106,7 @@ def _configs_help() -> str:
 
 
 def _train(options, overrides: list[str], arguments: list[str], child_command: Sequence[str] | None) -> int:
-    from mxfp4_rl.launch.compose import compose_config, resolved
+    from mxfp4_rl.launch.compose import added_keys, compose_config, resolved
 
     config = compose_config(options.config_name, overrides, options.config_dir)
     if options.print_config:
@@ -119,7 +119,7 @@ def _train(options, overrides: list[str], arguments: list[str], child_command: S
     from mxfp4_rl.launch.records import print_header
     from mxfp4_rl.launch.run import CHILD_COMMAND, launch
 
-    run = prepare(config, say=lambda text: print(text, flush=True))
+    run = prepare(config, say=lambda text: print(text, flush=True), added=added_keys(overrides))
     if options.dry_run:
         print_header(run)
         run.run_dir.release(unused=True)

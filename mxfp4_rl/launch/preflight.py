@@ -6,9 +6,12 @@ CPUs) it never finds and hangs.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.launch.compose import resolved, unknown_keys
+from mxfp4_rl.launch.compose import resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
+from mxfp4_rl.launch.schema import check_blocks, check_schema, interpolated
 from mxfp4_rl.launch.support import check_supported
+from mxfp4_rl.launch.values import check_names, check_numbers
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
@@ -52,19 +57,21 @@ class PreparedRun:
     warnings: list[str] = field(default_factory=list)
 
 
-def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) -> PreparedRun:
+def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, added: Collection[str] = ()) -> PreparedRun:
     """Check a composed configuration and fill in what only now is known (paths, data, the number of steps).
 
     Args:
         config: from `compose_config`; changed in place.
         say: told what takes a while.
+        added: keys that were added on purpose (`compose.added_keys`), which verl need not know.
 
     Raises:
         LaunchError: the run cannot start.
     """
-    resolved(config)  # an interpolation that leads nowhere, before anything is read through one
+    check_blocks(config, verl_defaults())
+    plain = resolved(config)  # an interpolation that leads nowhere, before anything is read through one
     settings = _settings(config)
-    warnings = unknown_keys(config)
+    warnings = _check_against_verl(plain, added, set(interpolated(config)))
     joins_cluster = _joins_cluster(config)
     try:
         _check_resume(config)
@@ -72,6 +79,8 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
         warnings += _check_lengths(config, settings)
+        with _quiet():
+            check_names(plain)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
         raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
@@ -105,6 +114,26 @@ def _settings(config: DictConfig) -> Settings:
         raise LaunchError(str(error)) from error
     except (TypeError, AttributeError) as error:
         raise LaunchError(f"mxfp4 must be a block of keys ({error}); compare configs/mxfp4.yaml") from error
+
+
+def _check_against_verl(config: dict, added: Collection[str], copies: set[str]) -> list[str]:
+    defaults = verl_defaults()
+    with _quiet():
+        found = check_schema(config, defaults, added, copies)
+        check_numbers(config, defaults, copies)
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While verl is imported and asked: what it has to say about its optional parts is said again in the run's log."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check_resume(config: DictConfig) -> None:
