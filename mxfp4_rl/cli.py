@@ -1,4 +1,4 @@
-"""The command line: `mxfp4-rl train`, `report`, `eval` and `decompose`.
+"""The command line: `mxfp4-rl train`, `report`, `eval`, `decompose` and `doctor`.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
 130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
         child_command: what `train` starts instead of verl (see `launch.run.launch`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["doctor"]:  # what the other commands' parsers import may be what is broken
+        from mxfp4_rl import doctor
+
+        return doctor.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -86,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="plots of a run", description="Write a run's report, also while it runs.")
     report.add_argument("run_dir", help="the run's directory")
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
+
+    commands.add_parser("doctor", help="check this machine: what is there, what to install")  # see `main`
 
     from mxfp4_rl.analysis.command import add_arguments
     from mxfp4_rl.evaluation.command import add_arguments as add_eval_arguments

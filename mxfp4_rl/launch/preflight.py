@@ -6,12 +6,9 @@ CPUs) it never finds and hangs.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mxfp4_rl.launch import LaunchError
+from mxfp4_rl.launch import MIN_FREE_DISK, MIN_FREE_MEMORY, LaunchError, quietly
 from mxfp4_rl.launch.compose import resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
@@ -29,8 +26,6 @@ from mxfp4_rl.launch.values import check_names, check_numbers
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
-MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
-MIN_FREE_DISK = 2 * 2**30
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
 
@@ -79,7 +74,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, 
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
         warnings += _check_lengths(config, settings)
-        with _quiet():
+        with quietly():
             check_names(plain)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
@@ -118,22 +113,10 @@ def _settings(config: DictConfig) -> Settings:
 
 def _check_against_verl(config: dict, added: Collection[str], copies: set[str]) -> list[str]:
     defaults = verl_defaults()
-    with _quiet():
+    with quietly():
         found = check_schema(config, defaults, added, copies)
         check_numbers(config, defaults, copies)
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """While verl is imported and asked: what it has to say about its optional parts is said again in the run's log."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _check_resume(config: DictConfig) -> None:
