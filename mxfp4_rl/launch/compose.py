@@ -81,7 +81,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     except (HydraException, OmegaConfBaseException) as error:
         raise LaunchError(_reword(error, name, overrides, config_dir)) from error
     except Exception as error:  # yaml's errors, mostly
-        raise LaunchError(f"configuration {name!r} cannot be read: {_one_line(error)}") from error
+        raise LaunchError(f"configuration {name!r} cannot be read: {one_line(error)}") from error
 
 
 def added_keys(overrides: Sequence[str]) -> list[str]:
@@ -105,7 +105,7 @@ def resolved(config: DictConfig) -> dict:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise LaunchError(f"{where}{_one_line(error)}") from error
+        raise LaunchError(f"{where}{one_line(error)}") from error
 
 
 def nearest_keys(key: str, config: DictConfig) -> list[str]:
@@ -149,7 +149,7 @@ def _lenient(override: str) -> str:
 def _reword(error: Exception, name: str, overrides: Sequence[str], config_dir) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
-        first = _one_line(error)
+        first = one_line(error)
         return f"cannot read the override {error.override!r} ({first}): write key=value, quoted for the shell"
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and unknown:
@@ -167,10 +167,10 @@ def _reword(error: Exception, name: str, overrides: Sequence[str], config_dir) -
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             return f"no configuration {name!r}; {hint}Available: {', '.join(known)} (or --config-dir DIR)"
-    return _one_line(error)
+    return one_line(error)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """hydra's and omegaconf's messages without their structure dump, search path and links."""
     kept = []
     for line in str(error).splitlines():

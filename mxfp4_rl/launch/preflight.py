@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mxfp4_rl.launch import MIN_FREE_DISK, MIN_FREE_MEMORY, LaunchError, quietly
-from mxfp4_rl.launch.compose import resolved, verl_defaults
+from mxfp4_rl.launch.compose import one_line, resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
 from mxfp4_rl.launch.schema import check_blocks, check_schema, interpolated
@@ -78,7 +78,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, 
             check_names(plain)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
-        raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
+        raise LaunchError(f"{one_line(error)}: does the configuration build on ppo_trainer (in its defaults)?") from error
     try:
         with open_dict(config):
             config.mxfp4.run_dir = str(run_dir.path)

@@ -25,6 +25,7 @@ from mxfp4_rl.launch import LaunchError
 OWN_BLOCKS = ("mxfp4",)  # checked by `mxfp4_rl.settings`
 RAY_INIT = "ray_kwargs.ray_init"  # the arguments of `ray.init`; verl's YAML files name only some
 REQUIRED = "???"  # OmegaConf's mark of a value that must be given
+IN_USE = "actor_rollout_ref."  # a reward model's rollout, say, may stay without its name
 # What verl's readers take beside the kind of its default.
 ALSO = {"data.train_files": list, "data.val_files": list, "trainer.logger": str}
 
@@ -194,10 +195,10 @@ class _Check:
 
 
 def _check_value(key: str, value: Any, usual: Any, in_yaml: bool, annotation: Any, cls: type | None) -> None:
+    if value == REQUIRED and (usual != REQUIRED or key.startswith(IN_USE)):
+        raise LaunchError(f"{key} is required and not set: give it a value")
     if in_yaml and type(value) is type(usual) and value == usual:  # what verl's own configuration holds is never wrong
         return
-    if value == REQUIRED:
-        raise LaunchError(f"{key} is required and not set: give it a value")
     kinds = [ALSO[key]] if key in ALSO else []
     if annotation is not None:
         kinds.append(annotation)
