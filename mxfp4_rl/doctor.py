@@ -64,10 +64,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for scripts: one JSON object")
     options = parser.parse_args(argv)
     checks = []
-    for check in ladder(options.run):
-        checks.append(check)
-        if not options.json:
-            print(check.line(), flush=True)
+    try:
+        for check in ladder(options.run):
+            checks.append(check)
+            if not options.json:
+                print(check.line(), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     ready = all(check.state != MISSING for check in checks)
     if options.json:
         print(json.dumps({"ready": ready, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
@@ -116,8 +120,12 @@ def _reason(error: BaseException) -> str:
 def _python() -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
-    wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     found = platform.python_version()
+    try:
+        wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("python", MISSING, f"{found}, but {DISTRIBUTION} is not installed into it", "pip install -e .")
+        return
     fits = SpecifierSet(wanted).contains(found, prereleases=True)
     yield Check("python", OK if fits else MISSING, f"{found} (wanted: {wanted})", None if fits else "make PYTHON=python3.11")
 
@@ -251,13 +259,13 @@ def _kernel_paths() -> Iterator[Check]:
     kernels = quantizer.triton_module("quantize.triton", x, recipe, None)
     yield Check("quantise", OK, "Triton kernels" if kernels else "PyTorch reference")
     yield Check("product bf16", OK, "cuBLAS in BF16" if device.type == "cuda" else "PyTorch on the CPU")
-    if fp8.runs_on(device, torch.bfloat16):
+    if kernels and fp8.runs_on(device, torch.bfloat16):
         from mxfp4_kernels.matmul.fp8 import _has_block_scaling
 
         groups = "cuBLAS" if _has_block_scaling(device) else "a Triton kernel"
         text = f"FP8 tensor cores: torch._scaled_mm by rows, {groups} by groups of 128 (product=fp8)"
     else:
-        text = "PyTorch reference: no FP8 tensor cores here; leave product=bf16"
+        text = "PyTorch reference: no FP8 tensor cores here, or no kernels; leave product=bf16"
     yield Check("product fp8", OK, text)
     decodes = packed.decodes(quantizer.quantize(x, recipe), torch.bfloat16)
     yield Check("rollout", OK, "packed weights through the decode kernel" if decodes else "decoded weights in BF16")

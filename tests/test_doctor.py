@@ -97,6 +97,9 @@ def test_packages_against_their_ranges(monkeypatch):
     monkeypatch.setattr("platform.python_version", lambda: "3.8.0")
     (python,) = doctor._python()
     assert python.state == "missing" and python.text.startswith("3.8.0")
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-package")
+    (python,) = doctor._python()
+    assert (python.state, python.fix) == ("missing", "pip install -e .")
 
 
 def test_vllm_and_flash_attention(monkeypatch):
