@@ -1,4 +1,4 @@
-"""The command line: `mxfp4-rl train`, `report`, `eval` and `decompose`.
+"""The command line: `mxfp4-rl train`, `report`, `eval`, `decompose` and `doctor`.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
 130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
         child_command: what `train` starts instead of verl (see `launch.run.launch`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["doctor"]:  # what the other commands' parsers import may be what is broken
+        from mxfp4_rl import doctor
+
+        return doctor.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -95,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--port", type=int, help="of that page; default: 8766, 0 takes any that is free")
 
+    commands.add_parser("doctor", help="check this machine: what is there, what to install")  # see `main`
+
     from mxfp4_rl.analysis.command import add_arguments
     from mxfp4_rl.evaluation.command import add_arguments as add_eval_arguments
 
@@ -119,7 +125,7 @@ def _configs_help() -> str:
 
 
 def _train(options, overrides: list[str], arguments: list[str], child_command: Sequence[str] | None) -> int:
-    from mxfp4_rl.launch.compose import compose_config, resolved
+    from mxfp4_rl.launch.compose import added_keys, compose_config, resolved
 
     config = compose_config(options.config_name, overrides, options.config_dir)
     if options.print_config:
@@ -132,7 +138,7 @@ def _train(options, overrides: list[str], arguments: list[str], child_command: S
     from mxfp4_rl.launch.records import print_header
     from mxfp4_rl.launch.run import CHILD_COMMAND, launch
 
-    run = prepare(config, say=lambda text: print(text, flush=True))
+    run = prepare(config, say=lambda text: print(text, flush=True), added=added_keys(overrides))
     if options.dry_run:
         print_header(run)
         run.run_dir.release(unused=True)

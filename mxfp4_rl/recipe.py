@@ -318,8 +318,8 @@ class ModelRecipe:
                 )
         if self.weight is None and self.activation is None and self.grad is None:
             raise RecipeError("nothing is quantised: weight, activation and grad are all null; use enable=false instead")
-        if isinstance(self.exclude, str):
-            raise RecipeError(f"exclude={self.exclude!r} must be a list of patterns, e.g. [{self.exclude!r}]")
+        if not _is_list(self.exclude):
+            raise RecipeError(f"exclude={self.exclude!r} must be a list of patterns, e.g. [{str(self.exclude)!r}]")
         object.__setattr__(self, "exclude", tuple(_pattern(p, "recipe.exclude") for p in self.exclude))
         overrides = {}
         for pattern, over in self.overrides.items():

@@ -181,6 +181,8 @@ class Settings:
                 raise RecipeError(f"mxfp4.{name}={given!r} must be a block of keys")
             check_keys(given, {f.name for f in dataclasses.fields(kind)}, f"mxfp4.{name}")
             values[name] = kind(**given)
+        if not isinstance(values.get("run_dir"), str | None):
+            raise RecipeError(f"mxfp4.run_dir={values['run_dir']!r} must be a path (quote one that is a number), or null")
         values["recipe"] = ModelRecipe.from_dict(values.get("recipe"), "mxfp4.recipe")
         return cls(**values)
 

@@ -21,7 +21,7 @@ from mxfp4_rl.launch.failure import find_failure
 from mxfp4_rl.launch.preflight import prepare
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses
 from mxfp4_rl.launch.progress import Tail, phase_of, step_text, validation_text
-from mxfp4_rl.launch.records import LOCAL_RAY_KEYS, write_records
+from mxfp4_rl.launch.records import LOCAL_RAY_KEYS, versions, write_records
 from mxfp4_rl.launch.run_dir import claim_run_dir
 from mxfp4_rl.monitor.live import LiveRun
 
@@ -248,6 +248,27 @@ def test_unusable_data(make, expected, model_dir, tmp_path, no_child, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_git_revisions_are_recorded(tmp_path, monkeypatch):
+    """Of the checkout that the package runs from, and of the repository that the run is started in."""
+    assert versions([])["git"]["working_directory"] is None  # as in a folder of no repository
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
+    file = tmp_path / "mine.yaml"
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        file.write_text("a: 1\n")
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert versions([])["git"]["working_directory"] == commit
+    file.write_text("a: 2\n")
+    assert versions([])["git"]["working_directory"] == f"{commit}+"
+
+    # Installed into the user's repository, as in a virtual environment there, the package has no revision of its own.
+    monkeypatch.setattr(mxfp4_rl, "__file__", str(tmp_path / "__init__.py"))
+    assert versions([])["git"]["mxfp4_rl"] is None
+    (tmp_path / "__init__.py").touch()
+    subprocess.run([*git, "add", "."], check=True)
+    assert versions([])["git"]["mxfp4_rl"] == f"{commit}+"
+
+
 def test_config_without_the_block(tmp_path, no_child, capsys):
     (tmp_path / "plain.yaml").write_text("defaults: [ppo_trainer, _self_]\n")
     assert cli.main(["train", "--config-dir", str(tmp_path), "--config-name", "plain"]) == 2
@@ -310,7 +331,9 @@ def test_own_config_dir_and_data(model_dir, tmp_path):
     )
     files = [f"data.{name}_files={write_parquet(tmp_path / f'{name}.parquet')}" for name in ("train", "val")]
     config = compose_config("mine", [f"actor_rollout_ref.model.path={model_dir}", *files], tmp_path)
-    run = prepare(config)
+    with pytest.raises(LaunchError, match=r"trainer\.total_stepz .* did you mean trainer\.total_epochs\?"):
+        prepare(config)
+    run = prepare(config, added=["trainer.total_stepz"])  # as `+trainer.total_stepz=3` on the command line
     run.run_dir.release()
     assert any("trainer.total_stepz" in warning and "did you mean" in warning for warning in run.warnings)
     assert run.config["reward"]["custom_reward_function"]["path"] is None

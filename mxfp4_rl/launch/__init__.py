@@ -12,9 +12,33 @@
     outcome    the report, the summary, and what went wrong
     failure    the useful lines of a failed run's log
 
-Nothing here imports torch, Ray or verl at the top level: a mistake on the command line is answered in a second.
+    schema     every key's name and kind, against verl's own files and classes
+    values     bounds of numbers, and names that verl's registries and sources know
+
+Nothing here imports torch, Ray or verl at the top level: a misspelt override or recipe is answered in a second, and what only
+verl's classes know in the few seconds that importing them takes.
 """
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
+MIN_FREE_DISK = 2 * 2**30
 
 
 class LaunchError(Exception):
     """A run that cannot start; the message names the value that is wrong and the fix."""
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """While verl is imported and asked: what it has to say about its optional parts is said again in the run's log."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -27,8 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 from mxfp4_rl.launch import LaunchError
 
 BASE_CONFIG = "ppo_trainer"  # verl's
-# Blocks that verl reads as they are: a key it does not know would be ignored without a word. (It checks the others.)
-UNCHECKED_BLOCKS = ("trainer", "data")
 
 
 def packaged_config_dir() -> Path:
@@ -74,25 +72,27 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str | P
     """
     if config_dir is not None and not Path(config_dir).is_dir():
         raise LaunchError(f"--config-dir {config_dir} is not a directory: give the folder that holds {name}.yaml")
+    nameless = next((override for override in overrides if override.startswith("=")), None)
+    if nameless:  # hydra takes it for a group of configurations
+        raise LaunchError(f"cannot read the override {nameless!r}: write key=value, quoted for the shell")
     overrides = [_lenient(override) for override in overrides]
     try:
         return _compose(name, overrides, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise LaunchError(_reword(error, name, overrides, config_dir)) from error
     except Exception as error:  # yaml's errors, mostly
-        raise LaunchError(f"configuration {name!r} cannot be read: {_one_line(error)}") from error
+        raise LaunchError(f"configuration {name!r} cannot be read: {one_line(error)}") from error
 
 
-def unknown_keys(config: DictConfig) -> list[str]:
-    """One sentence for each key that verl would ignore: set in a user's yaml, absent from verl's configuration."""
-    sentences = []
-    for block, known in _known_keys().items():
-        for key in config.get(block) or {}:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {block}.{near[0]}?" if near else ""
-                sentences.append(f"verl does not know {block}.{key} and will ignore it{hint}")
-    return sentences
+def added_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that a command line adds on purpose, with `+key=value` or `++key=value`."""
+    return [override.lstrip("+").split("=", 1)[0] for override in overrides if override.startswith("+")]
+
+
+@functools.cache
+def verl_defaults() -> dict:
+    """verl's own configuration, with nothing of ours; resolved, plain containers, for reading only."""
+    return resolved(_compose(BASE_CONFIG, [], None))
 
 
 def resolved(config: DictConfig) -> dict:
@@ -105,7 +105,7 @@ def resolved(config: DictConfig) -> dict:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise LaunchError(f"{where}{_one_line(error)}") from error
+        raise LaunchError(f"{where}{one_line(error)}") from error
 
 
 def nearest_keys(key: str, config: DictConfig) -> list[str]:
@@ -137,9 +137,8 @@ def _compose(name: str, overrides: Sequence[str], config_dir: str | Path | None)
 
 
 @functools.cache
-def _known_keys() -> dict[str, list[str]]:
-    base = _compose(BASE_CONFIG, [], None)
-    return {block: list(base[block].keys()) for block in UNCHECKED_BLOCKS}
+def _unchanged(name: str, config_dir: str | Path | None) -> DictConfig:
+    return _compose(name, [], config_dir)
 
 
 def _lenient(override: str) -> str:
@@ -150,12 +149,12 @@ def _lenient(override: str) -> str:
 def _reword(error: Exception, name: str, overrides: Sequence[str], config_dir) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
-        first = _one_line(error)
+        first = one_line(error)
         return f"cannot read the override {error.override!r} ({first}): write key=value, quoted for the shell"
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and unknown:
         key = unknown.group(1)
-        near = nearest_keys(key, _compose(name, [], config_dir))
+        near = nearest_keys(key, _unchanged(name, config_dir))
         hint = f"did you mean {' or '.join(near)}?" if near else "--print-config shows all keys."
         adding = f" To add a new key on purpose, write +{key}=..." if "override" in text.split("'")[0] else ""
         return f"unknown key {key} in configuration {name!r}; {hint}{adding}"
@@ -168,10 +167,10 @@ def _reword(error: Exception, name: str, overrides: Sequence[str], config_dir) -
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             return f"no configuration {name!r}; {hint}Available: {', '.join(known)} (or --config-dir DIR)"
-    return _one_line(error)
+    return one_line(error)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """hydra's and omegaconf's messages without their structure dump, search path and links."""
     kept = []
     for line in str(error).splitlines():

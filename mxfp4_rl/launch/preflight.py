@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +16,16 @@ import psutil
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.launch.compose import resolved, unknown_keys
+from mxfp4_rl.launch import MIN_FREE_DISK, MIN_FREE_MEMORY, LaunchError, quietly
+from mxfp4_rl.launch.compose import one_line, resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
+from mxfp4_rl.launch.schema import check_blocks, check_schema, interpolated
 from mxfp4_rl.launch.support import check_supported
+from mxfp4_rl.launch.values import check_names, check_numbers
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
-MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
-MIN_FREE_DISK = 2 * 2**30
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
 
@@ -52,19 +52,21 @@ class PreparedRun:
     warnings: list[str] = field(default_factory=list)
 
 
-def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) -> PreparedRun:
+def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, added: Collection[str] = ()) -> PreparedRun:
     """Check a composed configuration and fill in what only now is known (paths, data, the number of steps).
 
     Args:
         config: from `compose_config`; changed in place.
         say: told what takes a while.
+        added: keys that were added on purpose (`compose.added_keys`), which verl need not know.
 
     Raises:
         LaunchError: the run cannot start.
     """
-    resolved(config)  # an interpolation that leads nowhere, before anything is read through one
+    check_blocks(config, verl_defaults())
+    plain = resolved(config)  # an interpolation that leads nowhere, before anything is read through one
     settings = _settings(config)
-    warnings = unknown_keys(config)
+    warnings = _check_against_verl(plain, added, set(interpolated(config)))
     joins_cluster = _joins_cluster(config)
     try:
         _check_resume(config)
@@ -72,9 +74,11 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
         warnings += _check_lengths(config, settings)
+        with quietly():
+            check_names(plain)
         run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
-        raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
+        raise LaunchError(f"{one_line(error)}: does the configuration build on ppo_trainer (in its defaults)?") from error
     try:
         with open_dict(config):
             config.mxfp4.run_dir = str(run_dir.path)
@@ -105,6 +109,14 @@ def _settings(config: DictConfig) -> Settings:
         raise LaunchError(str(error)) from error
     except (TypeError, AttributeError) as error:
         raise LaunchError(f"mxfp4 must be a block of keys ({error}); compare configs/mxfp4.yaml") from error
+
+
+def _check_against_verl(config: dict, added: Collection[str], copies: set[str]) -> list[str]:
+    defaults = verl_defaults()
+    with quietly():
+        found = check_schema(config, defaults, added, copies)
+        check_numbers(config, defaults, copies)
+    return found
 
 
 def _check_resume(config: DictConfig) -> None:

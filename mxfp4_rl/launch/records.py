@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+import mxfp4_rl
 from mxfp4_rl.launch.preflight import PreparedRun
 
 CONFIG_FILE = "config.yaml"
@@ -22,7 +23,7 @@ VERSIONS_FILE = "versions.json"
 LOG_FILE = "verl.log"
 RECORDED_PACKAGES = (
     *("mxfp4-rl", "verl", "torch", "transformers", "tokenizers", "ray", "tensordict", "TransferQueue"),
-    *("vllm", "triton", "numpy", "hydra-core", "omegaconf", "accelerate", "wandb"),
+    *("vllm", "flash-attn", "triton", "numpy", "hydra-core", "omegaconf", "accelerate", "safetensors", "wandb"),
 )
 # Only a Ray that is being started takes these; `ray.init` refuses them when it joins a cluster.
 LOCAL_RAY_KEYS = ("num_cpus", "num_gpus", "object_store_memory", "include_dashboard", "_temp_dir")
@@ -62,11 +63,22 @@ def versions(arguments: Sequence[str]) -> dict:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": packages,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git": {"mxfp4_rl": _own_revision(), "working_directory": git_revision(Path.cwd())},
         "command": ["mxfp4-rl", *arguments],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of the repository around a folder, with "+" where tracked files were changed since; None outside of one."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    return commit and commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _own_revision() -> str | None:
+    """This package's commit if it runs from a checkout; installed into somebody's repository, that one's says nothing."""
+    module = Path(mxfp4_rl.__file__)
+    return git_revision(module.parent) if _git(module.parent, "ls-files", module.name) else None
 
 
 def print_header(run: PreparedRun) -> None:
@@ -98,9 +110,9 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
