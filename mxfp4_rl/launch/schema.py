@@ -26,6 +26,8 @@ OWN_BLOCKS = ("mxfp4",)  # checked by `mxfp4_rl.settings`
 RAY_INIT = "ray_kwargs.ray_init"  # the arguments of `ray.init`; verl's YAML files name only some
 REQUIRED = "???"  # OmegaConf's mark of a value that must be given
 IN_USE = "actor_rollout_ref."  # a reward model's rollout, say, may stay without its name
+# Blocks that verl's code reads (the DAPO reward manager, this one), though neither a file nor a class of verl's declares them.
+UNDECLARED = {"reward.reward_kwargs": ("overlong_buffer_cfg", "max_resp_len")}
 # What verl's readers take beside the kind of its default.
 ALSO = {"data.train_files": list, "data.val_files": list, "trainer.logger": str}
 
@@ -159,6 +161,9 @@ class _Check:
             here = f"{path}{key}"
             if key == "_target_" or here in OWN_BLOCKS or here in self.skipped:
                 continue
+            if here in UNDECLARED:
+                _check_undeclared(here, value)
+                continue
             if key not in known:
                 self._unknown(here, str(key), known, cls, other_engine, open_ended)
                 continue
@@ -212,6 +217,14 @@ def _check_value(key: str, value: Any, usual: Any, in_yaml: bool, annotation: An
         wanted = " or ".join(dict.fromkeys(describe(kind) for kind in kinds))
         quoted = f", such as {key}=\"'{value}'\"" if wanted == "text" and isinstance(value, int | float) else ""
         raise LaunchError(f"{key}={_shown(value)} must be {wanted}{quoted}")
+
+
+def _check_undeclared(here: str, block: Any) -> None:
+    if not isinstance(block, Mapping):
+        raise LaunchError(f"{here}={_shown(block)} must be a block of keys: {', '.join(UNDECLARED[here])}")
+    for key in block:
+        if key not in UNDECLARED[here]:
+            raise LaunchError(f"verl has no key {here}.{key} and would ignore it{_nearest(key, UNDECLARED[here])}")
 
 
 def _check_ray_init(block: Mapping[str, Any]) -> None:
