@@ -162,7 +162,9 @@ def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
         steps = []
         for step in (0, 1):
             rollout.load(state, step)
-            steps.append([tokens for tokens, _ in rollout.sample([[5, 6, 7]] * 4, [8] * 4, Sampling())])
+            samples = rollout.sample([[5, 6, 7]] * 4, [8] * 4, Sampling(), [1, 1, 2, 1])
+            assert [number for *_, number in samples] == [0, 1, 0, 2]
+            steps.append([tokens for tokens, *_ in samples])
         runs.append(steps)
     assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
     assert len(set(map(tuple, runs[0][0]))) > 1

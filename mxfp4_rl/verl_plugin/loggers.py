@@ -38,6 +38,30 @@ def attach_run_log(tracking, run_dir: Path):
     return tracking
 
 
+def drop_records_past(run_dir: Path, step: int) -> int:
+    """Take the lines of later steps, and what is no line, out of `metrics.jsonl`; returns how many steps went.
+
+    A run resumed at `step` does them again. The file is replaced as a whole.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return 0
+    kept, dropped = [], set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            at = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # torn by the end of the run
+            continue
+        if at <= step:
+            kept.append(line.rstrip("\n") + "\n")
+        else:
+            dropped.add(at)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return len(dropped)
+
+
 class JSONLinesLog:
     """Appends a line a record and flushes it, so that an interrupted run loses nothing it logged."""
 
