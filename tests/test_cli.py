@@ -401,6 +401,15 @@ def test_checkpoints_that_a_run_must_not_meet(model_dir, tmp_path):
         prepared(model_dir, *first)
 
 
+def test_too_little_room_for_a_checkpoint_is_said_at_the_start(model_dir, monkeypatch):
+    weights = sum(path.stat().st_size for path in Path(model_dir).glob("*.safetensors"))
+    for free, said in ((6 * weights - 1, 1), (6 * weights, 0)):
+        monkeypatch.setattr(checkpoints, "free", lambda root, free=free: free)
+        run = prepared(model_dir, "trainer.save_freq=5")
+        run.run_dir.release(unused=True)
+        assert len([text for text in run.warnings if text.startswith("a checkpoint takes about")]) == said
+
+
 def test_bad_interpolation_is_named():
     config = compose_config("quickstart", ["trainer.project_name=${trainer.nope}"])
     with pytest.raises(LaunchError, match=r"project_name: .*trainer\.nope"):

@@ -83,6 +83,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
         rows = prepare_data(config, settings)
         total_steps = fix_total_steps(config, settings, rows)
         prepare_model(config, say)
+        warnings += _check_room(config)
         quantised = None
         if settings.enable:
             say("checking the recipe against the model")
@@ -156,6 +157,22 @@ def _check_checkpoints(config: DictConfig) -> list[str]:
             "run starts from: set trainer.resume_mode=auto to go on from it, move it away, or set another folder"
         )
     return warnings
+
+
+def _check_room(config: DictConfig) -> list[str]:
+    """A warning where not even one checkpoint fits: by the size of the last, else about six times that of BF16 weights.
+
+    That is FP32 weights and Adam's two moments.
+    """
+    root = config.trainer.default_local_dir
+    if config.trainer.save_freq <= 0:
+        return []
+    last, _ = checkpoints.latest_whole(root)
+    weights = sum(path.stat().st_size for path in Path(config.actor_rollout_ref.model.path).glob("*.safetensors"))
+    needed, free = checkpoints.size(last) if last else 6 * weights, checkpoints.free(root)
+    if free >= needed:
+        return []
+    return [f"a checkpoint takes about {checkpoints.gib(needed)}, and {checkpoints.gib(free)} are free on the disk of {root}"]
 
 
 def check_batches(config: DictConfig) -> list[str]:
