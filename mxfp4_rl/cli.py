@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
             from mxfp4_rl.evaluation import command as evaluation
 
             return evaluation.run(options, arguments)
+        if options.command == "export":
+            from mxfp4_rl.export import command as export
+
+            return export.run(options)
         return _report(options)
     except LaunchError as error:
         return _refuse(error, str(error))
@@ -86,12 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="plots of a run", description="Write a run's report, also while it runs.")
     report.add_argument("run_dir", help="the run's directory")
     report.add_argument("--overlay", metavar="RUN_DIR", help="a second run, drawn dashed in the same plots")
+    report.add_argument(
+        "--watch", action="store_true", help="serve a page on this machine that follows the run; writes nothing"
+    )
+    report.add_argument("--port", type=int, help="of that page; default: 8766, 0 takes any that is free")
 
     from mxfp4_rl.analysis.command import add_arguments
     from mxfp4_rl.evaluation.command import add_arguments as add_eval_arguments
 
     what = "Measure how many of a task's held-out problems a checkpoint answers, with and without the quantiser."
     add_eval_arguments(commands.add_parser("eval", help="accuracy of a checkpoint", description=what, allow_abbrev=False))
+
+    from mxfp4_rl.export.command import add_arguments as add_export_arguments
+
+    what = "Write a model's weights, quantised, as a checkpoint that vLLM and transformers load."
+    add_export_arguments(commands.add_parser("export", help="a checkpoint to serve", description=what, allow_abbrev=False))
 
     what = "Split a checkpoint's quantisation error into its parts, and measure what each correction repairs."
     add_arguments(commands.add_parser("decompose", help="what MXFP4 does to a model", description=what, allow_abbrev=False))
@@ -129,6 +142,12 @@ def _train(options, overrides: list[str], arguments: list[str], child_command: S
 
 
 def _report(options) -> int:
+    if options.watch:
+        from mxfp4_rl.monitor.watch import DEFAULT_PORT, watch
+
+        return watch(options.run_dir, DEFAULT_PORT if options.port is None else options.port, options.overlay)
+    if options.port is not None:
+        raise LaunchError(f"--port {options.port} is of the page that --watch serves: give --watch too")
     from mxfp4_rl.monitor.report import write_report
 
     try:

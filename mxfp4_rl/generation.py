@@ -118,7 +118,7 @@ def generate(
 def _draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token of every row [rows, vocabulary] whose share of [0, 1) holds the row's uniform number (float32)."""
     cumulative = logp.double().exp().cumsum(-1)
-    # In float64 a float32 below 1 stays below 1: the target lies under the last sum, so the token found has a probability above 0.
+    # A float32 below 1 stays below 1 in float64: the target lies under the last sum, so the token's probability is not 0.
     target = uniform.to(logp.device).double().unsqueeze(-1) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return found.clamp_(max=logp.shape[-1] - 1)  # beyond the end only where a logit is NaN, which the caller refuses

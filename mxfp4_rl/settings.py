@@ -6,6 +6,7 @@ quantize_reference: false  quantise the reference policy too
 aqn: {enable, sigma_start, sigma_end, stages, seed}
 monitor: {every, max_rows, layers}
 mismatch: {k3_kl, stop}    when trainer and rollout are too far apart
+alerts: {calm, entropy, ...}  bands whose leaving is told of
 run_dir: where metrics, checkpoints and the report go
 task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
 """
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mxfp4_rl.monitor.alerts import Band
 from mxfp4_rl.recipe import ModelRecipe, RecipeError, check_keys, plain
 
 HF_ROLLOUT, VLLM_ROLLOUT = "mxfp4_hf", "vllm"
@@ -98,6 +100,51 @@ class MismatchSettings:
 
 
 @dataclass(frozen=True)
+class AlertSettings:
+    """The bands of `mxfp4_rl.monitor.alerts`: [low, high] each, null for an open end; null in place of a band is no alert.
+
+    A value that is not finite is outside of every band. The alert `mismatch` takes its limit from `mxfp4.mismatch`.
+
+    Args:
+        calm: steps back inside the band, in a row, after which an alert is over.
+        deadzone_fraction: of `mxfp4/deadzone_fraction`, the weights that round to zero; bell-shaped ones are near 0.085.
+        entropy: of `actor/entropy`, nats a token.
+        grad_norm: of `actor/grad_norm`; the default asks only that it is finite.
+        response_clip: of `response_length/clip_ratio`, the part of the answers that was cut off.
+        no_signal: of `training/steps_without_signal`, steps in a row in which all advantages were equal.
+    """
+
+    calm: int = 5
+    deadzone_fraction: Band | None = (None, 0.2)
+    entropy: Band | None = (0.01, None)
+    grad_norm: Band | None = (None, None)
+    response_clip: Band | None = (None, 0.95)
+    no_signal: Band | None = (None, 9)
+
+    def __post_init__(self):
+        if isinstance(self.calm, bool) or not isinstance(self.calm, int) or self.calm < 1:
+            raise RecipeError(f"mxfp4.alerts.calm={self.calm!r} must be a positive integer")
+        for name, band in self.bands().items():
+            object.__setattr__(self, name, _band(f"mxfp4.alerts.{name}", band))
+
+    def bands(self) -> dict[str, Band]:
+        """Name -> band of those that are switched on."""
+        return {name: band for name, band in vars(self).items() if name != "calm" and band is not None}
+
+
+def _band(name: str, given: Any) -> Band:
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise RecipeError(f"{name}={given!r} must be a band [low, high], null for an open end; null alone switches it off")
+    for end in given:
+        if end is not None and (isinstance(end, bool) or not isinstance(end, int | float) or end != end):
+            raise RecipeError(f"{name}={given!r} has an end {end!r}, which is neither a number nor null")
+    low, high = given
+    if low is not None and high is not None and low > high:
+        raise RecipeError(f"{name}={given!r} has its ends the wrong way round: nothing is inside")
+    return low, high
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole block. Build it with `from_config`; with `enable` false the run is plain verl and the rest is ignored."""
 
@@ -107,6 +154,7 @@ class Settings:
     aqn: AQNSettings = field(default_factory=AQNSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     mismatch: MismatchSettings = field(default_factory=MismatchSettings)
+    alerts: AlertSettings = field(default_factory=AlertSettings)
     run_dir: str | None = None
     task: Mapping[str, Any] | None = None
 
@@ -127,7 +175,7 @@ class Settings:
         check_keys(values, {f.name for f in dataclasses.fields(cls)}, "mxfp4")
         for name in ("enable", "quantize_reference"):
             _is_bool(f"mxfp4.{name}", values.get(name, False))
-        for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings), ("mismatch", MismatchSettings)):
+        for name, kind in _BLOCKS.items():
             given = values.get(name) or {}
             if not isinstance(given, Mapping):
                 raise RecipeError(f"mxfp4.{name}={given!r} must be a block of keys")
@@ -135,6 +183,9 @@ class Settings:
             values[name] = kind(**given)
         values["recipe"] = ModelRecipe.from_dict(values.get("recipe"), "mxfp4.recipe")
         return cls(**values)
+
+
+_BLOCKS = {"aqn": AQNSettings, "monitor": MonitorSettings, "mismatch": MismatchSettings, "alerts": AlertSettings}
 
 
 def _is_bool(name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses
 from mxfp4_rl.launch.progress import Tail, phase_of, step_text, validation_text
 from mxfp4_rl.launch.records import LOCAL_RAY_KEYS, write_records
 from mxfp4_rl.launch.run_dir import claim_run_dir
+from mxfp4_rl.monitor.live import LiveRun
 
 
 @pytest.fixture(scope="session")
@@ -505,6 +506,7 @@ if mode == "crash":
 if mode != "finish":
     print("[mxfp4] waiting")
     time.sleep(120)
+print("[mxfp4] alarm: step 3: entropy: actor/entropy is low", flush=True)
 log(4, **{{"val-core/sums/acc/mean@1": 0.75}})
 """
 
@@ -597,6 +599,7 @@ def test_killed_launcher_takes_the_run_with_it(tmp_path, model_dir):
     child = [p for p in psutil.process_iter() if "fake_watched.py" in _command(p)]
     wait_for(lambda: not any(is_running(p.pid) for p in child), seconds=8)
     assert_nothing_left(tmp_path)
+    assert LiveRun(tmp_path / "run").status()["state"] == "died"
 
 
 def test_crash_shows_the_cause(tmp_path, model_dir, capfd):
@@ -607,6 +610,8 @@ def test_crash_shows_the_cause(tmp_path, model_dir, capfd):
     assert "Traceback" not in out + err
     assert_nothing_left(tmp_path)
     assert (tmp_path / "run/report/report.html").is_file()
+    status = LiveRun(tmp_path / "run").status()
+    assert status["state"] == "failed" and "the optimizer is on fire" in status["failure"]
 
 
 def test_killed_run_is_told(tmp_path, model_dir, capfd):
@@ -626,6 +631,7 @@ def test_finished_run_in_plain_text(tmp_path, model_dir, capfd):
         "  recipe  W: mxfp4 rceil + MBS static 128 + OF 0.5; A: ",
         "validation after step 0: sums acc 0.250",
         "step 3/3  reward 0.300  entropy 1.000  scale/deadzone/grid 1.00/2.00/3.00 e-3  2.0 s  ETA 0:00",
+        "[mxfp4] alarm: step 3: entropy: actor/entropy is low",  # also after the first step, when phases no longer are shown
         "validation after step 4: sums acc 0.750",
         "reward  0.100 -> 0.300",
         "validated  0.250 (step 0) -> 0.750 (step 4)",
@@ -656,6 +662,7 @@ def test_live_display_on_a_terminal(tmp_path, model_dir):
     os.close(leader)
     assert process.wait(10) == 0
     text = shown.decode(errors="replace")
+    assert "[mxfp4] alarm: step 3: entropy" in text
     assert "3/20" in text and "reward 0.300" in text and "validation after step 0: sums acc 0.250" in text
 
 

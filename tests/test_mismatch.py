@@ -1,9 +1,8 @@
 """The watch over the distance between trainer and rollout, and the metrics of a weight sync."""
 
-import types
-
 import pytest
 
+from mxfp4_rl.monitor.alerts import send
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.verl_plugin.trainer import MXFP4TrainerSync, sync_metrics
@@ -11,13 +10,15 @@ from mxfp4_rl.verl_plugin.trainer import MXFP4TrainerSync, sync_metrics
 W4A16 = {"activation": None}
 
 
-def watched(distance, recipe=None, sigma=0.0, **mismatch):
-    trainer = types.SimpleNamespace(
-        settings=Settings.from_config({"enable": True, "recipe": recipe or {}, "mismatch": mismatch}), global_steps=3
-    )
+def watched(distance, recipe=None, sigma=0.0, enable=True, **mismatch):
+    """A step's `mxfp4_alerts/mismatch`, as the trainer's hooks work it out; None where there is none."""
+    trainer = MXFP4TrainerSync.__new__(MXFP4TrainerSync)  # without Ray
+    trainer.settings = Settings.from_config({"enable": enable, "recipe": recipe or {}, "mismatch": mismatch})
+    trainer.global_steps = 3
     metrics = {"mxfp4/aqn_sigma": sigma} | ({} if distance is None else {"rollout_corr/k3_kl": distance})
-    MXFP4TrainerSync._watch_mismatch(trainer, metrics)
-    return metrics.get("mxfp4_mismatch/alarm")
+    trainer._stop_at_mismatch(metrics)
+    send(trainer._make_alerts().check(3, metrics), {}, 3)
+    return metrics.get("mxfp4_alerts/mismatch")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ def watched(distance, recipe=None, sigma=0.0, **mismatch):
 def test_alarm(distance, recipe, mismatch, alarm, capsys):
     assert watched(distance, recipe, **mismatch) == alarm
     assert ("[mxfp4] alarm: step 3" in capsys.readouterr().out) == (alarm == 1.0)
+
+
+def test_plain_verl_has_no_mismatch_alarm():
+    assert watched(5.0, enable=False) is None
 
 
 def test_the_run_can_be_made_to_stop():

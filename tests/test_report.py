@@ -304,6 +304,21 @@ def test_summary_of_a_hand_made_run(tmp_path):
     assert "Last rel_mse of the activations" not in rows
 
 
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [
+        ([0, 0], "none"),
+        ([1, 1, 0, 0, 1, 0, 1], "entropy (steps 1 to 2, step 5, since step 7)"),
+        ([0, None, 1, 1], "entropy (since step 3)"),
+    ],
+)
+def test_summary_tells_the_alerts(active, expected, tmp_path):
+    records = [{"step": step, "data": {"mxfp4_alerts/entropy": value}} for step, value in enumerate(active, 1)]
+    records[1]["data"] = {} if active[1] is None else records[1]["data"]
+    found = summary(RunLog.load(write_run(tmp_path / "run", records)))["Alerts"]
+    assert found == expected
+
+
 def test_describe_recipe():
     text = describe_recipe({"mxfp4": {"enable": True, "recipe": {"fallback_alpha": 0.5, "activation": None}}})
     assert "OF 0.5" in text and "W:" in text and "A:" not in text

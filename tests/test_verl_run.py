@@ -4,13 +4,19 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
+from mxfp4_rl.monitor import panels
+from mxfp4_rl.monitor.live import LiveRun
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 
@@ -62,6 +68,7 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
             "trainer.save_freq=2",
             "mxfp4.aqn.stages=2",
             "mxfp4.recipe.overrides={down_proj:{macro_size:64}}",
+            "mxfp4.alerts.entropy=[0,0.5]",  # a fresh model is undecided: this must be told of, once
         ),
         env=environment(tmp_path),
         cwd=tmp_path,
@@ -95,6 +102,48 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
     recipe = json.loads((run_dir / "checkpoints" / "global_step_2" / "mxfp4_recipe.json").read_text())
     assert recipe["weight"]["fallback_alpha"] == 0.5 and recipe["overrides"]["down_proj"]["macro_size"] == 64
 
+    alarm = "step 1: entropy: actor/entropy is "
+    watched = LiveRun(run_dir)
+    watched.read()
+    status = watched.status()
+    assert (status["state"], status["step"], status["total"], status["running"]) == ("finished", 2, 2, False)
+    assert "entropy" in [alert["name"] for alert in status["alerts"]]
+    assert result.stdout.count(f"[mxfp4] alarm: {alarm}") == 1 and result.stdout.count("entropy: actor/entropy is") == 1
+    assert list(run.series("mxfp4_alerts/entropy")[1]) == [1.0, 1.0]
+    assert list(run.series("mxfp4_alerts/deadzone_fraction")[1]) == [0.0, 0.0]
+    (wandb_file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    told = [record.alert for record in wandb_records(wandb_file) if record.WhichOneof("record_type") == "alert"]
+    (told,) = [alert for alert in told if alert.title.startswith("entropy:")]
+    assert told.title == "entropy: out of its band" and told.text.startswith(alarm) and told.level == "WARN"
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert {"mxfp4_alerts/messages/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    assert [event.value for event in events.Scalars("mxfp4_alerts/entropy")] == [1.0, 1.0]
+    # What tests/test_panels.py takes for the metrics of a real run still is one's.
+    stored = json.loads((Path(__file__).parent / "metric_names.json").read_text())
+    assert set(stored) <= set(run.names())
+    drawn = {
+        name for section in panels.sections(run.names()) for panel in section.panels for name in panel.metrics(run.names())
+    }
+    assert {name for name in run.names() if name.startswith("mxfp4")} <= drawn
+
+
+def wandb_records(path):
+    """The records of wandb's offline file: protobuf messages in the framing of LevelDB's log."""
+    data, block, position, parts = path.read_bytes(), 32768, 7, []
+    while position + 7 <= len(data):
+        left = block - position % block
+        if left < 7:  # too short for a header: padding
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)  # after the checksum
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or a record's last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            yield record
+            parts = []
+
 
 def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_path):
     run_dir, before = tmp_path / "run", ray_processes()
@@ -119,6 +168,7 @@ def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_pat
     assert took < 10, f"Ctrl-C took {took:.1f} s"
     assert not (left := ray_processes() - before), left
     assert (run_dir / "report" / "report.html").exists()
+    assert LiveRun(run_dir).status()["state"] == "interrupted"
     run = RunLog.load(run_dir)
     assert not [n for n in run.names() if n.startswith(("mxfp4/", "mxfp4_share/", "mxfp4_layers/"))]
     assert all(abs(v) < 0.01 for v in run.series("rollout_corr/k3_kl")[1])

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mxfp4_rl.launch.failure import strip_prefix
+from mxfp4_rl.monitor.alerts import ALARM_MARK, OVER_MARK
 
 STATUS_MARK = "[mxfp4] "
 # What the log says -> what is going on from there. Our own lines start with STATUS_MARK and are shown as they are.
@@ -64,6 +65,12 @@ def phase_of(line: str) -> str | None:
         if match:
             return match.expand(phase)
     return None
+
+
+def alarm_of(line: str) -> str | None:
+    """The alarm that a line of the log raises or ends."""
+    line = strip_prefix(line)
+    return line if line.startswith((ALARM_MARK, OVER_MARK)) else None
 
 
 def is_training_step(data: Mapping[str, float]) -> bool:

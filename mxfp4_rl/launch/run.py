@@ -18,10 +18,11 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 
+from mxfp4_rl.launch import run_state
 from mxfp4_rl.launch.outcome import Reporter, print_failure
 from mxfp4_rl.launch.preflight import PreparedRun
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
-from mxfp4_rl.launch.progress import Display, Tail, make_display, phase_of
+from mxfp4_rl.launch.progress import Display, Tail, alarm_of, make_display, phase_of
 from mxfp4_rl.launch.records import CONFIG_FILE, LOG_FILE, print_header, write_records
 from mxfp4_rl.launch.run_dir import METRICS_FILE
 
@@ -43,12 +44,15 @@ def launch(run: PreparedRun, child_command: Sequence[str] = CHILD_COMMAND, argum
         The exit code: 0, 1 after a failure, 130 after Ctrl-C, 143 after SIGTERM.
     """
     temp_dir = None if run.joins_cluster else tempfile.mkdtemp(prefix="mxr-", dir=_short_temp_root())
+    state, code = run_state.begin(run.run_dir.path), 1
     try:
         write_records(run, temp_dir, arguments)
         print_header(run)
         with _signals_caught() as caught:
-            return _run_child(run, temp_dir, child_command, caught)
+            code = _run_child(run, temp_dir, child_command, caught)
+            return code
     finally:
+        run_state.end(run.run_dir.path, state, code)
         if temp_dir:
             shutil.rmtree(temp_dir, ignore_errors=True)
         run.run_dir.release()
@@ -97,8 +101,11 @@ def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], c
 
 def _show_news(display: Display, metrics: Tail, log: Tail) -> None:
     for line in log.new_lines():
-        phase = phase_of(line)
-        if phase:
+        alarm = alarm_of(line)
+        phase = None if alarm else phase_of(line)
+        if alarm:
+            display.line(alarm)
+        elif phase:
             display.phase(phase)
     for line in metrics.new_lines():
         try:

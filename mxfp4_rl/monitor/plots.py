@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mxfp4_rl.monitor.run_log import RunLog, layer_map
 
 WIDTH_INCHES = 10.0
+NARROW_INCHES = 4.6
 COMPONENTS = {  # metric name -> label and colour, the same in every plot
     "scale_bias": ("scale bias", "#4477aa"),
     "deadzone": ("deadzone", "#ee6677"),
@@ -233,6 +234,26 @@ def draw_time(run: RunLog, overlay: RunLog | None = None) -> Drawing:
     return drawing
 
 
+def make_narrow(figure: Figure) -> None:
+    """Lay a figure of this module out anew for a narrow window: panels below each other, fewer columns in the legend."""
+    panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None and not hasattr(axes, "_colorbar")]
+    columns = sorted({axes.get_subplotspec().num1 for axes in panels})  # a twin shares its panel's
+    grid = figure.add_gridspec(len(columns), 1)
+    for axes in panels:
+        axes.set_subplotspec(grid[columns.index(axes.get_subplotspec().num1), 0])
+        axes.tick_params(labelleft=axes.yaxis.get_ticks_position() != "right")
+        if not axes.images:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    growth = 0.45 if any(axes.images for axes in panels) else 0.75
+    figure.set_size_inches(NARROW_INCHES, figure.get_figheight() * (1 + growth * (len(columns) - 1)))
+    for legend in list(figure.legends):
+        handles = legend.legend_handles
+        for handle, text in zip(handles, legend.get_texts(), strict=True):
+            handle.set_label(text.get_text())
+        legend.remove()
+        _place_legend(figure, handles, NARROW_INCHES)
+
+
 def moving_average_window(points: int) -> int:
     """Steps that the moving average covers: a tenth of the run, between 3 and 25."""
     return int(np.clip(points // 10, 3, 25))
@@ -384,11 +405,14 @@ def _legend(figure: Figure, handles: list[Line2D], run: RunLog, overlay: RunLog 
         for (run_, dash), word in zip(_styled(run, overlay), ("solid", "dashed"), strict=True):
             handles = [*handles, Line2D([], [], color="#555555", linestyle=dash, label=f"{word}: {_short(run_.name)}")]
     if handles:
+        _place_legend(figure, handles, WIDTH_INCHES)
 
-        def width(columns: int) -> float:  # inches, estimated from the number of characters
-            return sum(0.65 + 0.067 * max(len(h.get_label()) for h in handles[c::columns]) for c in range(columns))
 
-        columns = max((c for c in range(1, min(6, len(handles)) + 1) if width(c) < WIDTH_INCHES), default=1)
-        # A legend fills its columns first; dealt out like this, it reads row by row.
-        handles = [handle for column in range(columns) for handle in handles[column::columns]]
-        figure.legend(handles=handles, ncols=columns, loc="outside upper left", frameon=False, fontsize=9)
+def _place_legend(figure: Figure, handles: list[Line2D], room: float) -> None:
+    def width(columns: int) -> float:  # inches, estimated from the number of characters
+        return sum(0.65 + 0.067 * max(len(h.get_label()) for h in handles[c::columns]) for c in range(columns))
+
+    columns = max((c for c in range(1, min(6, len(handles)) + 1) if width(c) < room), default=1)
+    # A legend fills its columns first; dealt out like this, it reads row by row.
+    handles = [handle for column in range(columns) for handle in handles[column::columns]]
+    figure.legend(handles=handles, ncols=columns, loc="outside upper left", frameon=False, fontsize=9)

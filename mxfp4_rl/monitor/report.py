@@ -19,8 +19,10 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mxfp4_rl.monitor import plots
+from mxfp4_rl.monitor.alerts import PREFIX as ALERT_PREFIX
 from mxfp4_rl.monitor.run_log import CONFIG_FILE, METRICS_FILE, RunLog
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 
@@ -65,16 +67,21 @@ def write_report(run_dir: str | Path, overlay: str | Path | None = None, out_dir
         drawing = section.draw(run, other)
         png = None
         if drawing.figure is not None:
-            buffer = io.BytesIO()
-            drawing.figure.savefig(buffer, format="png", dpi=_DPI)
-            png = buffer.getvalue()
+            png = png_of(drawing.figure)
             _write_whole(target / section.file, png)
         else:
             (target / section.file).unlink(missing_ok=True)
-        body.append(_section_html(section, png, drawing.notes, run, other))
+        body.append(section_html(section, png and _embedded(png, section.title), drawing.notes, run, other))
     page = _page_html(run, other, "\n".join(body))
     _write_whole(target / REPORT_FILE, page.encode("utf-8"))
     return target / REPORT_FILE
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG, at the report's resolution."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
 
 
 def quarter_means(values: np.ndarray) -> tuple[float, float]:
@@ -145,7 +152,27 @@ def summary(run: RunLog) -> dict[str, str]:
         if run.has(metric):
             mean = float(np.nanmean(run.series(metric)[1]))
             rows[label] = f"{mean:,.0f}" if metric.endswith("bytes") else _number(mean)
+    if alerts := _describe_alerts(run):
+        rows["Alerts"] = alerts
     return rows
+
+
+def _describe_alerts(run: RunLog) -> str:
+    """Which metrics left their bands and when, "entropy (steps 3 to 7, since step 12)"; "none", or "" if none was watched."""
+    watched = [name for name in run.names() if name.startswith(ALERT_PREFIX)]
+    told = []
+    for metric in watched:
+        steps, active = run.series(metric)
+        edges = np.flatnonzero(np.diff(active == 1, prepend=False, append=False))
+        spans = []
+        for first, after in zip(edges[::2], edges[1::2], strict=True):
+            if after == len(steps):
+                spans.append(f"since step {steps[first]}")
+            else:
+                spans.append(f"step {steps[first]}" if after == first + 1 else f"steps {steps[first]} to {steps[after - 1]}")
+        if spans:
+            told.append(f"{metric.removeprefix(ALERT_PREFIX)} ({', '.join(spans)})")
+    return "; ".join(told) or ("none" if watched else "")
 
 
 def _describe_steps(run: RunLog) -> str:
@@ -307,14 +334,15 @@ def _page_html(run: RunLog, other: RunLog | None, body: str) -> str:
 <body>
 <h1>{escape(run.name)}</h1>
 <p class="lead">{lead}</p>
-{warnings}{_table_html(run, other)}
+{warnings}{table_html(run, other)}
 {body}
 </body>
 </html>
 """
 
 
-def _table_html(run: RunLog, other: RunLog | None) -> str:
+def table_html(run: RunLog, other: RunLog | None) -> str:
+    """The rows of `summary`, a column a run."""
     columns = [summary(r) for r in (run, other) if r is not None]
     # Starting from the longer column keeps rows that only one run has at their place among the others.
     labels = list(dict.fromkeys(label for column in sorted(columns, key=len, reverse=True) for label in column))
@@ -329,10 +357,18 @@ def _table_html(run: RunLog, other: RunLog | None) -> str:
     return f"<table>\n{head}<tbody>\n{rows}</tbody>\n</table>"
 
 
-def _section_html(section: Section, png: bytes | None, notes: list[str], run: RunLog, other: RunLog | None) -> str:
-    if png is not None:
-        image = base64.b64encode(png).decode("ascii")
-        content = f'<img alt="{escape(section.title)}" src="data:image/png;base64,{image}">\n'
+def _embedded(png: bytes, title: str) -> str:
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
+
+
+def section_html(section: Section, image: str | None, notes: list[str], run: RunLog, other: RunLog | None) -> str:
+    """A plot with its words.
+
+    Args:
+        image: the element that shows it; None where the run lacks its metrics, which is then said instead.
+    """
+    if image is not None:
+        content = f"{image}\n"
         content += f"<p>{escape(section.caption)}</p>\n"
         content += "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
     else:

@@ -64,7 +64,7 @@ class RunLog:
                 f"{metrics_path} holds no complete record: the run ended before its first step, or the file is not one "
                 'JSON object {"step": ..., "data": {...}} a line'
             )
-        return cls(path=path, config=_read_config(path / CONFIG_FILE), records=records, unreadable_lines=unreadable)
+        return cls(path=path, config=read_config(path / CONFIG_FILE), records=records, unreadable_lines=unreadable)
 
     @property
     def name(self) -> str:
@@ -212,15 +212,21 @@ def _read_records(path: Path) -> tuple[dict[int, dict[str, float]], int]:
         for line in lines:
             if not line.strip():
                 continue
-            record = _parse_record(line)
-            if record is None:
-                unreadable += 1
-                # A resumed run that appends to a torn line glues its first record to the torn one's end.
-                record = _parse_record(line[max(line.rfind('{"step"'), 0) :])
+            record, whole = read_record(line)
+            unreadable += not whole
             if record is not None:
                 step, data = record
                 records.setdefault(step, {}).update(data)
     return records, unreadable
+
+
+def read_record(line: str) -> tuple[tuple[int, dict[str, float]] | None, bool]:
+    """The (step, metrics) in a line of `metrics.jsonl`, if any, and whether the line was nothing but that."""
+    record = _parse_record(line)
+    if record is not None:
+        return record, True
+    # A resumed run that appends to a torn line glues its first record to the torn one's end.
+    return _parse_record(line[max(line.rfind('{"step"'), 0) :]), False
 
 
 def _parse_record(line: str) -> tuple[int, dict[str, float]] | None:
@@ -242,7 +248,8 @@ def _parse_record(line: str) -> tuple[int, dict[str, float]] | None:
     return int(step), data
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """A run's `config.yaml`; {} where there is none. Raises ValueError if it is not a YAML mapping."""
     if not path.is_file():
         return {}
     try:

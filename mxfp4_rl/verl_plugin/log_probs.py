@@ -1,7 +1,7 @@
 """Log-probs of labels without flash-attn, in place of verl's fallback.
 
-verl takes flash-attn's cross entropy if it is installed. Without it, it calls log_softmax once for every token, in the logits' dtype:
-on a GPU 30,000 tokens are that many launches, forward and backward, 60 % of a step of a small model, and BF16 rounds
+verl takes flash-attn's cross entropy if it is installed. Without it, it calls log_softmax once for every token, in the logits'
+dtype: on a GPU 30,000 tokens are that many launches, forward and backward, 60 % of a step of a small model, and BF16 rounds
 log-probs to 8 bits. Here rows are taken many at a time, in float32, and nothing of the logits' size is kept but the logits.
 """
 

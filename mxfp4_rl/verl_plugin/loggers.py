@@ -7,8 +7,11 @@ bar and the report read it. The console gets everything but the hundreds of per-
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from mxfp4_rl.monitor import panels
 
 METRICS_FILE = "metrics.jsonl"
 PER_LAYER_PREFIX = "mxfp4_layers/"
@@ -31,8 +34,10 @@ def prepare_backends(run_dir: Path, backends: list[str]) -> None:
 
 
 def attach_run_log(tracking, run_dir: Path):
-    """Add the JSON-lines backend to verl's Tracking object and take the per-layer values off its console."""
+    """Add the JSON-lines backend to verl's Tracking object, take the per-layer values off its console, group TensorBoard's."""
     tracking.logger["mxfp4_run_log"] = JSONLinesLog(run_dir / METRICS_FILE)
+    if "tensorboard" in tracking.logger:
+        tracking.logger["mxfp4_layout"] = TensorBoardLayout(tracking.logger["tensorboard"].writer)
     if "console" in tracking.logger:
         tracking.logger["console"] = _WithoutLayers(tracking.logger["console"])
     return tracking
@@ -73,6 +78,29 @@ class JSONLinesLog:
         numbers = {k: _number(v) for k, v in data.items()}
         self._file.write(json.dumps({"step": step, "data": {k: v for k, v in numbers.items() if v is not None}}) + "\n")
         self._file.flush()
+
+
+class TensorBoardLayout:
+    """Writes the layout of TensorBoard's custom scalars (`monitor.panels`), once: with the first training step, which names
+    the layers. Validation may come later and is always in it."""
+
+    def __init__(self, writer):
+        self._writer = writer
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Write the layout if `data` is the first training step's."""
+        if self._writer is not None and "timing_s/step" in data:
+            self._writer.add_custom_scalars(tensorboard_layout(data))
+            self._writer = None
+
+
+def tensorboard_layout(names: Iterable[str]) -> dict[str, dict[str, list]]:
+    """`panels.sections` as SummaryWriter.add_custom_scalars takes them."""
+    return {
+        # TensorBoard matches from a name's start on, not to its end.
+        section.title: {panel.title: ["Multiline", [f"(?:{p})$" for p in panel.patterns]] for panel in section.panels}
+        for section in panels.sections(names, also=[panels.VALIDATION])
+    }
 
 
 class _WithoutLayers:

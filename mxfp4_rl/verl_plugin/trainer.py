@@ -20,6 +20,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from mxfp4_rl import checkpoints
+from mxfp4_rl.monitor.alerts import MISMATCH, WATCHED, Alerts, is_inside, send
 from mxfp4_rl.monitor.components import error_metrics, pool
 from mxfp4_rl.settings import HF_ROLLOUT, RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, drop_records_past, prepare_backends
@@ -47,6 +48,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
         self.replay_buffer.poll_interval = 0.05
         self.noise = self._noise_schedule()
+        self.alerts = self._make_alerts()
         print(f"[mxfp4] trainer: run directory {self.run_dir}", flush=True)
 
     def _noise_schedule(self):
@@ -104,25 +106,30 @@ class MXFP4TrainerSync(PPOTrainerSync):
         if self.noise is not None:
             metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
         if self.settings.enable:
-            self._watch_mismatch(metrics)
+            self._stop_at_mismatch(metrics)
         return batch
 
-    def _watch_mismatch(self, metrics: dict) -> None:
-        """Alarm where trainer and rollout no longer are the same model: rounding differs a little, another recipe a lot."""
-        distance = metrics.get("rollout_corr/k3_kl")
-        sigma = metrics.get("mxfp4/aqn_sigma", 0.0)
-        limit = self.settings.mismatch.limit(self.settings.recipe.activation is not None, sigma)
-        if distance is None:
-            return
-        metrics["mxfp4_mismatch/alarm"] = float(not distance <= limit)  # NaN is one
-        if not distance <= limit:
-            message = (
-                f"step {self.global_steps}: the rollout's probabilities are far from the trainer's (k3-KL {distance:.3g}, "
-                f"limit {limit:g}): are both quantised by the same recipe, and are the weights in sync? See mxfp4.mismatch"
+    def _mismatch_limit(self, metrics: dict) -> float:
+        return self.settings.mismatch.limit(self.settings.recipe.activation is not None, metrics.get("mxfp4/aqn_sigma", 0.0))
+
+    def _stop_at_mismatch(self, metrics: dict) -> None:
+        """End the run where trainer and rollout are two different models: rounding differs a little, another recipe a lot."""
+        metric, meaning = WATCHED[MISMATCH]
+        limit = self._mismatch_limit(metrics)
+        if self.settings.mismatch.stop and metric in metrics and not is_inside(metrics[metric], (None, limit)):
+            raise RuntimeError(
+                f"step {self.global_steps}: {metric} is {metrics[metric]:.3g}, its limit is {limit:g} ({meaning})"
             )
-            if self.settings.mismatch.stop:
-                raise RuntimeError(message)
-            print(f"[mxfp4] alarm: {message}", flush=True)
+
+    def _make_alerts(self) -> Alerts:
+        bands = self.settings.alerts.bands()
+        if self.settings.enable:
+            bands[MISMATCH] = lambda metrics: (None, self._mismatch_limit(metrics))
+        return Alerts(bands, self.settings.alerts.calm)
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)  # the last to add to a step's metrics
+        send(self.alerts.check(global_steps, metrics), self.logger.logger, global_steps)
 
     def _recipe(self) -> dict | None:
         return self.settings.recipe.to_dict() if self.settings.enable else None

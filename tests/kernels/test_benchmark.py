@@ -13,7 +13,7 @@ from tests.kernels.common import GPU  # isort: skip  (skips this file where kern
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "kernels" / "benchmarks"
-MODULES = ("decode", "dense", "experts", "gpu", "quantize", "report", "shapes", "tensors", "timing")
+MODULES = ("decode", "dense", "experts", "gpu", "marlin", "quantize", "report", "shapes", "tensors", "timing")
 ABOUT = {"date": "2026-01-02", "device": "NVIDIA H100 80GB HBM3", "torch": "2.9.0", "triton": "3.5.0", "python": "3.12.3"}
 
 

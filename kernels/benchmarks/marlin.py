@@ -1,0 +1,38 @@
+"""vLLM's Marlin kernel on the same codes and scales, where vLLM is installed: the rival for few rows with BF16 activations."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from mxfp4_rl.quant.tensor import MXFP4Tensor
+
+
+def available() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+
+
+def prepared(weight: MXFP4Tensor) -> torch.nn.Module:
+    """A layer with the weight in Marlin's order. Outputs must be a multiple of 64, inputs of 32.
+
+    Raises:
+        RuntimeError: Marlin has no tiling for the shape.
+    """
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_fp4_layer_for_marlin
+
+    layer = torch.nn.Module()
+    layer.output_size_per_partition, layer.input_size_per_partition = weight.shape
+    layer.params_dtype = torch.bfloat16
+    layer.weight = torch.nn.Parameter(weight.codes.clone(), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(weight.scales.clone(), requires_grad=False)
+    prepare_fp4_layer_for_marlin(layer)
+    return layer
+
+
+def product(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """x [rows, inputs] BF16 -> [rows, outputs] BF16."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
+
+    out, features = layer.output_size_per_partition, layer.input_size_per_partition
+    return apply_fp4_marlin_linear(x, layer.weight, layer.weight_scale, None, layer.workspace, out, features)
