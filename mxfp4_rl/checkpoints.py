@@ -19,8 +19,8 @@ MANIFEST = "complete.json"
 REMOVING = ".removing"  # suffix of a folder that is being removed: half of it may be gone already
 _NAME = re.compile(r"global_step_(\d+)")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What torch's writer and a Ray worker's error make of those; the number does not survive either of them.
-_FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing")
+# What a Ray worker's error and torch's writer (inline_container, "unexpected pos") make of those, without the number.
+_FULL_DISK_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|enforce fail at inline_container")
 
 
 def folder_of(root: str | Path, step: int) -> Path:

@@ -46,7 +46,8 @@ class NumberedRows:
 
     def generate_sequences(self, batch) -> None:
         """As verl's. Rows count from 1 in each step; those of a validation are negative."""
-        step, validates = batch["global_steps"], bool(batch.get("validate", False))
+        step = batch["global_steps"]
+        validates = batch["validate"] if "validate" in batch else False  # noqa: SIM401  (get gives a wrapper around it)
         samples = self._validation_samples if validates else self._samples
         if validates:
             batch[ROW] = -torch.arange(1, len(batch) + 1)
