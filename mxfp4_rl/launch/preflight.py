@@ -113,7 +113,7 @@ def _check_resume(config: DictConfig) -> None:
     mode, source = config.trainer.resume_mode, config.trainer.resume_from_path
     if mode not in ("auto", "disable", "resume_path"):
         raise LaunchError(f"trainer.resume_mode={mode} is not one of auto, disable, resume_path")
-    if mode == "resume_path" and (not source or "global_step_" not in str(source) or not Path(source).is_dir()):
+    if mode == "resume_path" and (not source or checkpoints.step_of(source) is None or not Path(source).is_dir()):
         raise LaunchError(f"trainer.resume_from_path={source} is not a checkpoint: give an existing .../global_step_N folder")
     # One without a manifest is verl's own, or torn: whoever names it takes it as it is.
     if mode == "resume_path" and Path(source, checkpoints.MANIFEST).exists() and (lacks := checkpoints.flaw(source)):
