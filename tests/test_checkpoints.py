@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from mxfp4_rl import checkpoints
 from mxfp4_rl.launch.progress import Tail
+from mxfp4_rl.monitor.alerts import Alerts
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.verl_plugin.loggers import drop_records_past
 
@@ -123,13 +124,13 @@ def test_lines_past_the_checkpoint_are_dropped_and_shown_again(tmp_path):
     lines = [json.dumps({"step": step, "data": {"x": step}}) + "\n" for step in (0, 1, 2, 3, 4)]
     path.write_text("".join(lines) + '{"step": 5, "da')
     tail = Tail(path, from_end=True)
-    assert drop_records_past(tmp_path, 2) == 2
+    assert drop_records_past(tmp_path, 2) == ([(step, {"x": step}) for step in (0, 1, 2)], 2)
     assert path.read_text() == "".join(lines[:3])
     assert tail.new_lines() == []
     with path.open("a") as file:
         file.write(lines[3])
     assert tail.new_lines() == [lines[3].strip()]
-    assert drop_records_past(tmp_path, 3) == 0 and drop_records_past(tmp_path / "nowhere", 3) == 0
+    assert drop_records_past(tmp_path, 3)[1] == 0 and drop_records_past(tmp_path / "nowhere", 3) == ([], 0)
 
 
 # ---- the trainer
@@ -147,6 +148,7 @@ def trainer(tmp_path, monkeypatch):
     trainer.config = OmegaConf.create({"trainer": settings})
     trainer.settings, trainer.run_dir, trainer.keep_checkpoints = Settings(), tmp_path, 2
     trainer.saved, trainer.write = [], write_files
+    trainer.alerts = Alerts({"entropy": (1.0, None)}, calm=1)
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **seen: trainer.saved.append(Path(seen["checkpoint_dir"])))
 
     def save(self):
@@ -186,13 +188,15 @@ def test_the_trainer_keeps_the_last_n_and_resumes_from_the_last_whole_one(traine
     trainer.write = killed
     with pytest.raises(KeyboardInterrupt):
         save(trainer, 4)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "data": {}}) + "\n" for s in (1, 2, 3, 4)))
+    lines = [json.dumps({"step": step, "data": {"actor/entropy": 0.5}}) + "\n" for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     trainer._load_checkpoint()
     out = capsys.readouterr().out
     assert trainer.global_steps == 3 and trainer.config.trainer.resume_mode == "auto"
     assert "global_step_4 is torn and skipped: complete.json, which is written last, is missing" in out
     assert "global_step_3, step 3; steps logged past it are done again: 1" in out
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
+    assert trainer.alerts.check(4, {"actor/entropy": 0.5}) == []  # it was told before the kill, and is not told again
     trainer.write = write_files
     save(trainer, 4)
     assert names(trainer) == ["global_step_3", "global_step_4"]

@@ -43,28 +43,30 @@ def attach_run_log(tracking, run_dir: Path):
     return tracking
 
 
-def drop_records_past(run_dir: Path, step: int) -> int:
-    """Take the lines of later steps, and what is no line, out of `metrics.jsonl`; returns how many steps went.
+def drop_records_past(run_dir: Path, step: int) -> tuple[list[tuple[int, dict]], int]:
+    """Take the lines of later steps, and what is no line, out of `metrics.jsonl`: a run resumed at `step` does them again.
 
-    A run resumed at `step` does them again. The file is replaced as a whole.
+    The file is replaced as a whole. Returns the records (step, data) that stay, and how many steps went.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
-        return 0
-    kept, dropped = [], set()
+        return [], 0
+    kept, records, dropped = [], [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            at = json.loads(line)["step"]
+            record = json.loads(line)
+            at, data = record["step"], record["data"]
         except (ValueError, TypeError, KeyError):  # torn by the end of the run
             continue
         if at <= step:
             kept.append(line.rstrip("\n") + "\n")
+            records.append((at, data))
         else:
             dropped.add(at)
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
-    return len(dropped)
+    return records, len(dropped)
 
 
 class JSONLinesLog:

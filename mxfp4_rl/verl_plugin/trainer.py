@@ -176,7 +176,9 @@ class MXFP4TrainerSync(PPOTrainerSync):
             print(f"[mxfp4] warning: {stored} is another recipe than this run's, which goes on with its own", flush=True)
         if (random_state := folder / RANDOM_STATE_FILE).is_file():
             BaseCheckpointManager.load_rng_state(torch.load(random_state, weights_only=False))
-        again = drop_records_past(self.run_dir, self.global_steps)
+        done, again = drop_records_past(self.run_dir, self.global_steps)
+        for step, metrics in done:  # the alerts' streaks go on; what there was to tell was told
+            self.alerts.check(step, metrics)
         more = f"; steps logged past it are done again: {again}" if again else ""
         print(f"[mxfp4] resuming from {folder}, step {self.global_steps}{more}", flush=True)
 
