@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import mxfp4_rl
-from mxfp4_rl import cli
+from mxfp4_rl import checkpoints, cli
 from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.launch.compose import compose_config, list_configs, resolved
 from mxfp4_rl.launch.failure import find_failure
@@ -178,6 +178,11 @@ MISTAKES = {
     "logical GPUs": (["ray_kwargs.ray_init.num_gpus=0"], ["num_gpus=0", "num_gpus=1"]),
     "nodes": (["trainer.nnodes=2"], ["trainer.nnodes=2", "RAY_ADDRESS"]),
     "resume mode": (["trainer.resume_mode=always"], ["trainer.resume_mode=always", "auto, disable, resume_path"]),
+    "checkpoints kept": (["trainer.max_actor_ckpt_to_keep=0"], ["trainer.max_actor_ckpt_to_keep=0", "null to keep all"]),
+    "checkpoints written later": (
+        ["actor_rollout_ref.actor.checkpoint.async_save=true"],
+        ["async_save=true", "set it to false"],
+    ),
     "resume path": (["trainer.resume_mode=resume_path"], ["trainer.resume_from_path=None", "global_step_N"]),
     "run dir": (["mxfp4.run_dir=/proc/nope/run"], ["mxfp4.run_dir=/proc/nope/run", "that you can write to"]),
 }
@@ -388,13 +393,45 @@ def test_resuming_needs_a_checkpoint(model_dir, tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{}\n")
     assert prepared(model_dir, "trainer.resume_mode=auto").run_dir.path.name == "quickstart-2"
-    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("1")
+    torn = checkpoints.folder_of(run / "checkpoints", 2)
+    torn.mkdir()
+    assert prepared(model_dir, "trainer.resume_mode=auto").run_dir.path.name == "quickstart-2"
+    whole = checkpoints.folder_of(run / "checkpoints", 1)
+    whole.mkdir()
+    checkpoints.seal(whole)
     (run / "config.yaml").write_text("the first part's\n")
     assert prepared(model_dir).run_dir.path.name == "quickstart-2"
     resumed = prepared(model_dir, "trainer.resume_mode=auto")
     assert resumed.run_dir.path == run
+    assert any(f"checkpoint {torn} is torn and skipped: complete.json" in text for text in resumed.warnings)
     write_records(resumed, "/tmp/mxr-x", [])
     assert (run / "config-1.yaml").read_text() == "the first part's\n"
+
+
+def test_checkpoints_that_a_run_must_not_meet(model_dir, tmp_path):
+    root = tmp_path / "elsewhere"
+    for step in (3, 5):
+        checkpoints.begin(checkpoints.folder_of(root, step))
+        checkpoints.seal(checkpoints.folder_of(root, step))
+    there = f"trainer.default_local_dir={root}"
+    first = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoints.folder_of(root, 3)}"]
+    for overrides in ([there], [there, *first]):  # they are past step 0, and past step 3
+        with pytest.raises(LaunchError, match=r"holds a checkpoint of step 5, past the one that this run starts from"):
+            prepared(model_dir, *overrides)
+    prepared(model_dir, there, "trainer.resume_mode=auto").run_dir.release()
+    prepared(model_dir, *first).run_dir.release()  # its own go elsewhere
+    checkpoints.folder_of(root, 3).joinpath("complete.json").write_text("{}")
+    with pytest.raises(LaunchError, match=r"resume_from_path=.*global_step_3 is torn \(complete.json is not readable"):
+        prepared(model_dir, *first)
+
+
+def test_too_little_room_for_a_checkpoint_is_said_at_the_start(model_dir, monkeypatch):
+    weights = sum(path.stat().st_size for path in Path(model_dir).glob("*.safetensors"))
+    for free, said in ((6 * weights - 1, 1), (6 * weights, 0)):
+        monkeypatch.setattr(checkpoints, "free", lambda root, free=free: free)
+        run = prepared(model_dir, "trainer.save_freq=5")
+        run.run_dir.release(unused=True)
+        assert len([text for text in run.warnings if text.startswith("a checkpoint takes about")]) == said
 
 
 def test_bad_interpolation_is_named():

@@ -124,5 +124,5 @@ def test_the_configurations_fit_together(monkeypatch, name):
 
 def test_a_slip_in_what_the_dapo_reward_reads_is_told():
     config = resolved(compose_config("dapo_math", ["+reward.reward_kwargs.max_response_len=3"]))
-    with pytest.raises(LaunchError, match="reward_kwargs.max_response_len .* did you mean max_resp_len"):
+    with pytest.raises(LaunchError, match=r"reward_kwargs.max_response_len .* did you mean max_resp_len"):
         check_schema(config, verl_defaults())

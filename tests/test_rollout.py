@@ -1,10 +1,12 @@
 """Sampling and the rollout's weights, without Ray."""
 
+import asyncio
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import NonTensorData, TensorDict
 
 from mxfp4_rl.generation import Sampling, _draw, generate
 from mxfp4_rl.nn import convert, converted_layers
@@ -12,7 +14,9 @@ from mxfp4_rl.noise import AQNSchedule
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
+from mxfp4_rl.verl_plugin import waves
 from mxfp4_rl.verl_plugin.rollout import RolloutModel, stop_token_ids
+from mxfp4_rl.verl_plugin.waves import Waiting
 from tests.test_nn import llama
 
 SETTINGS = Settings.from_config({"enable": True, "recipe": {"macro_block": "static", "fallback_alpha": 0.5}})
@@ -162,7 +166,9 @@ def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
         steps = []
         for step in (0, 1):
             rollout.load(state, step)
-            steps.append([tokens for tokens, _ in rollout.sample([[5, 6, 7]] * 4, [8] * 4, Sampling())])
+            samples = rollout.sample([[5, 6, 7]] * 4, [8] * 4, Sampling(), [1, 1, 2, 1])
+            assert [number for *_, number in samples] == [0, 1, 0, 2]
+            steps.append([tokens for tokens, *_ in samples])
         runs.append(steps)
     assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
     assert len(set(map(tuple, runs[0][0]))) > 1
@@ -186,3 +192,77 @@ def test_logits_that_are_not_finite_are_an_error(model):
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(broken, [[1, 2]], [2], [0], Sampling(), {63}, 0)
+
+
+# ---- which requests make a batch
+
+
+def request(prompt, row, temperature=1.0):
+    return SimpleNamespace(prompt=prompt, row=row, sampling=Sampling(temperature=temperature))
+
+
+def batches(arrivals, largest, expected=None):
+    """What a server makes of requests that arrive with pauses: (seconds before it, request) each."""
+
+    async def serve():
+        waiting, made = Waiting(largest), []
+        if expected:
+            waiting.expect(expected)
+
+        async def arrive():
+            for pause, one in arrivals:
+                await asyncio.sleep(pause)
+                waiting.add(one)
+
+        sender = asyncio.ensure_future(arrive())
+        while sum(map(len, made)) < len(arrivals):
+            made.append(await waiting.next_batch())
+        await sender
+        return [[(r.prompt, r.row) for r in batch] for batch in made]
+
+    return asyncio.run(asyncio.wait_for(serve(), 60))
+
+
+def test_an_announced_wave_makes_the_same_batches_however_it_arrives():
+    wave = [([p], row) for p, row in ((3, 1), (1, 2), (1, 3), (2, 4), (2, 5))]
+    expected = [[([1], 2), ([1], 3), ([2], 4)], [([2], 5), ([3], 1)]]
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+        arrivals = [(0.2 if i == 2 else 0.0, request(*wave[k])) for i, k in enumerate(order)]  # longer than a server is patient
+        assert batches(arrivals, 3, expected=5) == expected
+
+
+def test_a_wave_that_lost_a_request_goes_on_without_it(monkeypatch):
+    monkeypatch.setattr(waves, "_LOST", 0.3)
+    assert batches([(0, request([2], 1)), (0, request([1], 2))], 8, expected=3) == [[([1], 2), ([2], 1)]]
+
+
+def test_requests_nobody_announced_are_batched_as_they_come():
+    assert batches([(0, request([2], 0)), (0, request([1], 0)), (1.0, request([1], 0))], 8) == [
+        [([1], 0), ([2], 0)],
+        [([1], 0)],
+    ]
+    greedy = batches([(0, request([1], 0)), (0, request([2], 0, temperature=0.0))], 8)
+    assert greedy == [[([1], 0)], [([2], 0)]]  # one sampling a batch
+
+
+def test_rows_are_numbered_in_a_step_and_waves_announced():
+    sent, announced = [], []
+    manager = SimpleNamespace(generate_sequences=lambda batch: sent.append(batch[waves.ROW].tolist()), name="verl's")
+    numbered = waves.NumberedRows(manager, announced.append, samples=4, validation_samples=1)
+
+    def batch(rows, **fields):
+        return TensorDict({k: torch.tensor(v) for k, v in fields.items()}, batch_size=rows)
+
+    for step, rows in ((1, 2), (1, 1), (2, 2)):  # the second of step 1 refills it
+        one = batch(rows)
+        one["global_steps"] = NonTensorData(step)
+        numbered.generate_sequences(one)
+    check = batch(3)
+    check["global_steps"], check["validate"] = NonTensorData(2), NonTensorData(True)
+    numbered.generate_sequences(check)
+    own = batch(2, __rollout_n__=[3, 5])
+    own["global_steps"] = NonTensorData(3)
+    numbered.generate_sequences(own)
+    assert sent == [[1, 2], [3], [1, 2], [-1, -2, -3], [1, 2]]
+    assert announced == [8, 4, 8, 3, 8]
+    assert numbered.name == "verl's"

@@ -16,6 +16,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from mxfp4_rl import checkpoints
 from mxfp4_rl.launch import MIN_FREE_DISK, MIN_FREE_MEMORY, LaunchError, quietly
 from mxfp4_rl.launch.compose import one_line, resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
@@ -25,8 +26,6 @@ from mxfp4_rl.launch.support import check_supported
 from mxfp4_rl.launch.values import check_names, check_numbers
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
-
-TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
 
 @dataclass
@@ -83,9 +82,11 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, 
         with open_dict(config):
             config.mxfp4.run_dir = str(run_dir.path)
         warnings += _check_free_space(run_dir.path)
+        warnings += _check_checkpoints(config)
         rows = prepare_data(config, settings)
         total_steps = fix_total_steps(config, settings, rows)
         prepare_model(config, say)
+        warnings += _check_room(config)
         quantised = None
         if settings.enable:
             say("checking the recipe against the model")
@@ -123,8 +124,19 @@ def _check_resume(config: DictConfig) -> None:
     mode, source = config.trainer.resume_mode, config.trainer.resume_from_path
     if mode not in ("auto", "disable", "resume_path"):
         raise LaunchError(f"trainer.resume_mode={mode} is not one of auto, disable, resume_path")
-    if mode == "resume_path" and (not source or "global_step_" not in str(source) or not Path(source).is_dir()):
+    if mode == "resume_path" and (not source or checkpoints.step_of(source) is None or not Path(source).is_dir()):
         raise LaunchError(f"trainer.resume_from_path={source} is not a checkpoint: give an existing .../global_step_N folder")
+    # One without a manifest is verl's own, or torn: whoever names it takes it as it is.
+    if mode == "resume_path" and Path(source, checkpoints.MANIFEST).exists() and (lacks := checkpoints.flaw(source)):
+        raise LaunchError(f"trainer.resume_from_path={source} is torn ({lacks}): give another one, or trainer.resume_mode=auto")
+    keep = config.trainer.get("max_actor_ckpt_to_keep")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise LaunchError(f"trainer.max_actor_ckpt_to_keep={keep} must be a positive integer, or null to keep all")
+    if (config.actor_rollout_ref.actor.get("checkpoint") or {}).get("async_save"):
+        raise LaunchError(
+            "actor_rollout_ref.actor.checkpoint.async_save=true: a checkpoint counts as whole once everything is written; "
+            "set it to false"
+        )
 
 
 def _resumes(config: DictConfig) -> Callable[[Path], bool]:
@@ -135,9 +147,43 @@ def _resumes(config: DictConfig) -> Callable[[Path], bool]:
         if mode == "resume_path":
             return path in Path(os.path.abspath(config.trainer.resume_from_path)).parents
         there = OmegaConf.merge(config, {"mxfp4": {"run_dir": str(path)}})
-        return mode == "auto" and (Path(there.trainer.default_local_dir) / TRACKER_FILE).is_file()
+        return mode == "auto" and checkpoints.latest_whole(there.trainer.default_local_dir)[0] is not None
 
     return resumes
+
+
+def _check_checkpoints(config: DictConfig) -> list[str]:
+    """The checkpoints that are there against the one that the run starts from; returns warnings.
+
+    Raises:
+        LaunchError: later ones, which are not this run's: they would be resumed from, and this run's removed as the older.
+    """
+    root, mode = config.trainer.default_local_dir, config.trainer.resume_mode
+    last, torn = checkpoints.latest_whole(root)
+    warnings = [checkpoints.describe_torn(folder, lacks) for folder, lacks in torn] if mode == "auto" else []
+    start = {"auto": last, "resume_path": Path(config.trainer.resume_from_path or "")}.get(mode)
+    if last and (start is None or checkpoints.step_of(start) < checkpoints.step_of(last)):
+        raise LaunchError(
+            f"trainer.default_local_dir={root} holds a checkpoint of step {checkpoints.step_of(last)}, past the one that this "
+            "run starts from: set trainer.resume_mode=auto to go on from it, move it away, or set another folder"
+        )
+    return warnings
+
+
+def _check_room(config: DictConfig) -> list[str]:
+    """A warning where not even one checkpoint fits: by the size of the last, else about six times that of BF16 weights.
+
+    That is FP32 weights and Adam's two moments.
+    """
+    root = config.trainer.default_local_dir
+    if config.trainer.save_freq <= 0:
+        return []
+    last, _ = checkpoints.latest_whole(root)
+    weights = sum(path.stat().st_size for path in Path(config.actor_rollout_ref.model.path).glob("*.safetensors"))
+    needed, free = checkpoints.size(last) if last else 6 * weights, checkpoints.free(root)
+    if free >= needed:
+        return []
+    return [f"a checkpoint takes about {checkpoints.gib(needed)}, and {checkpoints.gib(free)} are free on the disk of {root}"]
 
 
 def check_batches(config: DictConfig) -> list[str]:

@@ -45,6 +45,7 @@ class Tail:
         """The lines completed since the last call."""
         try:
             with open(self.path, "rb") as file:
+                self.offset = min(self.offset, file.seek(0, os.SEEK_END))  # a resumed run drops what it does again
                 file.seek(self.offset)
                 data = file.read()
         except FileNotFoundError:

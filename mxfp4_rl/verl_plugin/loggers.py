@@ -43,6 +43,32 @@ def attach_run_log(tracking, run_dir: Path):
     return tracking
 
 
+def drop_records_past(run_dir: Path, step: int) -> tuple[list[tuple[int, dict]], int]:
+    """Take the lines of later steps, and what is no line, out of `metrics.jsonl`: a run resumed at `step` does them again.
+
+    The file is replaced as a whole. Returns the records (step, data) that stay, and how many steps went.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return [], 0
+    kept, records, dropped = [], [], set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            at, data = record["step"], record["data"]
+        except (ValueError, TypeError, KeyError):  # torn by the end of the run
+            continue
+        if at <= step:
+            kept.append(line.rstrip("\n") + "\n")
+            records.append((at, data))
+        else:
+            dropped.add(at)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return records, len(dropped)
+
+
 class JSONLinesLog:
     """Appends a line a record and flushes it, so that an interrupted run loses nothing it logged."""
 

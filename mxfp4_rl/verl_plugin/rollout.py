@@ -27,10 +27,9 @@ from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.waves import SAMPLE, Waiting
 
 _ACTOR_PREFIX = "mxfp4_hf_server"
-_QUIET = 0.05  # seconds without a new request after which a batch starts
-_LONGEST_WAIT = 0.5  # seconds a request waits for company at most
 
 
 class RolloutModel:
@@ -118,15 +117,22 @@ class RolloutModel:
             parameters[name].copy_(self.schedule.noisy(name, clean, step) if on else clean)
         return self.schedule.sigma(step) if on and self.schedule else 0.0
 
-    def sample(self, prompts: list[list[int]], limits: list[int], sampling: Sampling) -> list[tuple[list[int], list[float]]]:
-        """Responses and their log-probs. The k-th sample of a prompt in a step has a seed of its own, so a run repeats."""
-        seeds = []
-        for prompt in prompts:
-            key = tuple(prompt)
-            text = f"{self.seed}/{self.global_steps}/{self._drawn[key]}/{key}"
+    def sample(
+        self, prompts: list[list[int]], limits: list[int], sampling: Sampling, rows: list[int]
+    ) -> list[tuple[list[int], list[float], int]]:
+        """Responses, their log-probs, and which sample of its row each is, counted from 0.
+
+        A seed follows from the run's seed, the step, the row, the prompt and that number: a run repeats, and a resumed one
+        goes on as if nothing had happened.
+        """
+        numbers, seeds = [], []
+        for key in zip(rows, map(tuple, prompts), strict=True):
+            numbers.append(self._drawn[key])
+            self._drawn[key] += 1
+            text = f"{self.seed}/{self.global_steps}/{key}/{numbers[-1]}"
             seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
-            self._drawn[key] += sampling.temperature > 0
-        return generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
+        samples = generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
+        return [(*sample, number) for sample, number in zip(samples, numbers, strict=True)]
 
 
 def stop_token_ids(tokenizer, generation_config=None) -> set[int]:
@@ -139,6 +145,7 @@ def stop_token_ids(tokenizer, generation_config=None) -> set[int]:
 @dataclass(eq=False)
 class _Request:
     prompt: list[int]
+    row: int
     limit: int
     sampling: Sampling
     answer: asyncio.Future
@@ -170,8 +177,7 @@ class MXFP4Server:
         self._says_path = self.rollout.report is not None and replica_rank == 0  # once it has weights
         if self._says_path:
             print(f"[mxfp4] rollout: {self.rollout.report.describe()}", flush=True)
-        self._waiting: list[_Request] = []
-        self._arrived = asyncio.Event()
+        self._waiting = Waiting(config.max_num_seqs)
         self._worker = ThreadPoolExecutor(1)  # model calls and weight loads, strictly one after the other
         self._loop_task = None
         self._last_sync = {"bytes": 0, "seconds": 0.0}
@@ -179,10 +185,21 @@ class MXFP4Server:
     async def address(self) -> str:
         return f"{ray.util.get_node_ip_address()}:{os.getpid()}"
 
+    async def expect(self, count: int) -> None:
+        """`count` requests are on their way and belong together."""
+        self._waiting.expect(count)
+
     async def generate(
-        self, prompt_ids, sampling_params: dict[str, Any], request_id: str, image_data=None, video_data=None, **kwargs
+        self,
+        prompt_ids,
+        sampling_params: dict[str, Any],
+        request_id: str,
+        image_data=None,
+        video_data=None,
+        row: int = 0,
+        **kwargs,
     ) -> TokenOutput:
-        """One sample; log-probs are those of the sampled distribution."""
+        """One sample, of the prompt in row `row` of its step; log-probs are those of the sampled distribution."""
         if image_data or video_data:
             raise ValueError("rollout.name=mxfp4_hf samples from text only; use another rollout for images and video")
         if sampling_params.get("repetition_penalty", 1.0) not in (None, 1.0):
@@ -197,21 +214,14 @@ class MXFP4Server:
         loop = asyncio.get_running_loop()
         if self._loop_task is None:
             self._loop_task = loop.create_task(self._serve())
-        request = _Request(list(prompt_ids), max(1, min(int(limit), room)), sampling, loop.create_future())
-        self._waiting.append(request)
-        self._arrived.set()
+        request = _Request(list(prompt_ids), row, max(1, min(int(limit), room)), sampling, loop.create_future())
+        self._waiting.add(request)
         return await request.answer
 
     async def _serve(self):
         loop = asyncio.get_running_loop()
         while True:
-            await self._arrived.wait()
-            await self._until_quiet()
-            same = [r for r in self._waiting if r.sampling == self._waiting[0].sampling]
-            batch = same[: self.config.max_num_seqs]
-            self._waiting = [r for r in self._waiting if r not in batch]
-            if not self._waiting:
-                self._arrived.clear()
+            batch = await self._waiting.next_batch()
             try:
                 samples = await loop.run_in_executor(
                     self._worker,
@@ -219,12 +229,13 @@ class MXFP4Server:
                     [r.prompt for r in batch],
                     [r.limit for r in batch],
                     batch[0].sampling,
+                    [r.row for r in batch],
                 )
             except Exception as error:  # goes to those who asked, and the server lives on
                 for request in (r for r in batch if not r.answer.done()):
                     request.answer.set_exception(RuntimeError(f"rollout failed: {type(error).__name__}: {error}"))
                 continue
-            for request, (tokens, log_probs) in zip(batch, samples, strict=True):
+            for request, (tokens, log_probs, number) in zip(batch, samples, strict=True):
                 if request.answer.done():  # whoever asked has given up
                     continue
                 stopped = tokens[-1] in self.rollout.stop_ids
@@ -233,18 +244,9 @@ class MXFP4Server:
                         token_ids=tokens,
                         log_probs=log_probs,
                         stop_reason="completed" if stopped else "length",
-                        extra_fields={"global_steps": self.rollout.global_steps},
+                        extra_fields={"global_steps": self.rollout.global_steps, SAMPLE: number},
                     )
                 )
-
-    async def _until_quiet(self):
-        """Wait until requests stop arriving: a GRPO step sends its whole wave within a moment."""
-        began, seen = time.monotonic(), 0
-        while len(self._waiting) != seen and time.monotonic() - began < _LONGEST_WAIT:
-            if len(self._waiting) >= self.config.max_num_seqs:
-                return
-            seen = len(self._waiting)
-            await asyncio.sleep(_QUIET)
 
     async def update_weights(self, weights: dict, global_steps: int | None = None) -> None:
         began = time.perf_counter()

@@ -5,20 +5,29 @@ Registered as `trainer.v1.trainer_mode=mxfp4_sync`. Every hook is one that verl'
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import ray
+import torch
+import transfer_queue as tq
 from omegaconf import open_dict
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
+from mxfp4_rl import checkpoints
 from mxfp4_rl.monitor.alerts import MISMATCH, WATCHED, Alerts, is_inside, send
 from mxfp4_rl.monitor.components import error_metrics, pool
-from mxfp4_rl.settings import RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
-from mxfp4_rl.verl_plugin.loggers import attach_run_log, prepare_backends
+from mxfp4_rl.settings import HF_ROLLOUT, RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
+from mxfp4_rl.verl_plugin.loggers import attach_run_log, drop_records_past, prepare_backends
+from mxfp4_rl.verl_plugin.waves import ROW, SAMPLE, NumberedRows, RowClient
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
+
+RANDOM_STATE_FILE = "trainer_rng.pt"  # of this process; the workers' are in their own files
 
 
 @register_trainer("mxfp4_sync")
@@ -31,6 +40,10 @@ class MXFP4TrainerSync(PPOTrainerSync):
         prepare_backends(self.run_dir, config.trainer.logger)
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl compares this string in several places
+            self.keep_checkpoints = checkpoints_to_keep(config.trainer)
+            config.trainer.max_actor_ckpt_to_keep = None  # verl would remove old ones before the new one is whole
+            config.trainer.max_critic_ckpt_to_keep = None
+            config.trainer.remove_previous_ckpt_in_save = False
         super().__init__(config)
         # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
         self.replay_buffer.poll_interval = 0.05
@@ -121,19 +134,86 @@ class MXFP4TrainerSync(PPOTrainerSync):
     def _recipe(self) -> dict | None:
         return self.settings.recipe.to_dict() if self.settings.enable else None
 
+    def get_llm_client(self):
+        own = self.config.actor_rollout_ref.rollout.name == HF_ROLLOUT
+        return self.llm_server_manager.get_client(client_cls=RowClient) if own else super().get_llm_client()
+
+    def fit(self, agent_loop_manager):
+        rollout = self.config.actor_rollout_ref.rollout
+        if rollout.name == HF_ROLLOUT:
+            agent_loop_manager = NumberedRows(agent_loop_manager, self._announce_wave, rollout.n, rollout.val_kwargs.n)
+        super().fit(agent_loop_manager)
+
+    def _announce_wave(self, requests: int) -> None:
+        if len(self.llm_server_manager.get_replicas()) == 1:  # several share a wave by load, which nobody knows beforehand
+            self._servers("expect", requests)
+
+    def _balance_batch(self, batch, metrics, *args, **kwargs):
+        if self.config.actor_rollout_ref.rollout.name == HF_ROLLOUT:
+            # verl hands the samples over as they came back; sums, and so the last bits of a step, follow their order.
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[ROW, "extra_fields"])
+            rows, extra = list(data[ROW]), list(data["extra_fields"])  # a tensor or a list, as the queue's backend likes
+            place = [(int(rows[i]), extra[i].get(SAMPLE, 0), int(k.rsplit("_", 1)[-1])) for i, k in enumerate(batch.keys)]
+            batch.reorder(sorted(range(len(place)), key=place.__getitem__))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
     def _load_checkpoint(self):
-        super()._load_checkpoint()
         trainer = self.config.trainer
-        folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        stored = Path(trainer.resume_from_path if trainer.resume_mode == "resume_path" else folder) / RECIPE_FILE
-        if self.global_steps > 0 and stored.is_file() and json.loads(stored.read_text()) != self._recipe():
+        asked = trainer.resume_mode, trainer.resume_from_path
+        folder = Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else None
+        if trainer.resume_mode == "auto":  # verl would take the one that its pointer names, whole or not
+            folder, torn = checkpoints.latest_whole(trainer.default_local_dir)
+            for one, lacks in torn:
+                print(f"[mxfp4] {checkpoints.describe_torn(one, lacks)}", flush=True)
+            trainer.resume_mode = "resume_path" if folder else "disable"
+            trainer.resume_from_path = str(folder) if folder else None
+        super()._load_checkpoint()
+        trainer.resume_mode, trainer.resume_from_path = asked
+        if folder is None:
+            return
+        stored = folder / RECIPE_FILE
+        if stored.is_file() and json.loads(stored.read_text()) != self._recipe():
             print(f"[mxfp4] warning: {stored} is another recipe than this run's, which goes on with its own", flush=True)
+        if (random_state := folder / RANDOM_STATE_FILE).is_file():
+            BaseCheckpointManager.load_rng_state(torch.load(random_state, weights_only=False))
+        done, again = drop_records_past(self.run_dir, self.global_steps)
+        for step, metrics in done:  # the alerts' streaks go on; what there was to tell was told
+            self.alerts.check(step, metrics)
+        more = f"; steps logged past it are done again: {again}" if again else ""
+        print(f"[mxfp4] resuming from {folder}, step {self.global_steps}{more}", flush=True)
 
     def _save_checkpoint(self):
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(json.dumps(self._recipe(), indent=2) + "\n")
-        super()._save_checkpoint()  # writes the pointer to the latest checkpoint last
+        root = self.config.trainer.default_local_dir
+        folder = checkpoints.folder_of(root, self.global_steps)
+        before, _ = checkpoints.latest_whole(root)
+        needed, free = checkpoints.size(before) if before else 0, checkpoints.free(root)
+        if free < needed:
+            raise RuntimeError(
+                f"no room for the checkpoint of step {self.global_steps}: {checkpoints.gib(free)} are free on the disk of "
+                f"{root} and the last one took {checkpoints.gib(needed)}; free some and resume from {before}, which is whole"
+            )
+        callback, self.checkpoint_callback = self.checkpoint_callback, CheckpointCallback()
+        try:
+            checkpoints.begin(folder)
+            (folder / RECIPE_FILE).write_text(json.dumps(self._recipe(), indent=2) + "\n")
+            torch.save(BaseCheckpointManager.get_rng_state(), folder / RANDOM_STATE_FILE)
+            super()._save_checkpoint()
+            checkpoints.seal(folder)
+        except Exception as error:
+            if not checkpoints.is_full_disk(error):
+                raise
+            free = checkpoints.free(root)
+            shutil.rmtree(folder, ignore_errors=True)
+            left = f"resume from {before}, which is whole" if before else "there was none before it"
+            raise RuntimeError(
+                f"the disk is full: the checkpoint of step {self.global_steps} could not be written to {folder} "
+                f"({checkpoints.gib(free)} were free) and what there was of it is removed; free some and {left}"
+            ) from error
+        finally:
+            self.checkpoint_callback = callback
+        for old in checkpoints.prune(root, self.keep_checkpoints, self.global_steps):
+            print(f"[mxfp4] checkpoint {old} is removed: the last {self.keep_checkpoints} are kept", flush=True)
+        callback.on_save(trainer=self, global_step=self.global_steps, checkpoint_dir=str(folder), async_save=False)
 
     def _set_noise(self, on: bool) -> None:
         if self.noise is not None:
@@ -146,6 +226,11 @@ class MXFP4TrainerSync(PPOTrainerSync):
             return []  # verl's own
         replicas = self.llm_server_manager.get_replicas()
         return ray.get([getattr(replica.servers[0], method).remote(*args) for replica in replicas])  # the first node answers
+
+
+def checkpoints_to_keep(trainer) -> int | None:
+    """How many checkpoints stay, by verl's keys; None for all. The critic's are in the same folders as the actor's."""
+    return 1 if trainer.get("remove_previous_ckpt_in_save") else trainer.get("max_actor_ckpt_to_keep")
 
 
 def sync_metrics(syncs: list[dict[str, float]]) -> dict[str, float]:

@@ -26,6 +26,8 @@ class MXFP4TrainingWorker(TrainingWorker):
                 init_method=os.environ.get("DIST_INIT_METHOD", None),
             )
         super().__init__(config)
+        # verl seeds its workers in its slow deterministic mode only; stochastic rounding draws its seeds from here.
+        torch.manual_seed(self.engine_config.seed + torch.distributed.get_rank())
 
 
 class MXFP4ActorRolloutRefWorker(ActorRolloutRefWorker):
