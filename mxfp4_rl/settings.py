@@ -6,6 +6,7 @@ quantize_reference: false  quantise the reference policy too
 aqn: {enable, sigma_start, sigma_end, stages, seed}
 monitor: {every, max_rows, layers}
 mismatch: {k3_kl, stop}    when trainer and rollout are too far apart
+guards: {...}              when a run that cannot learn, or waits without end, is ended
 run_dir: where metrics, checkpoints and the report go
 task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
 """
@@ -13,6 +14,7 @@ task: {name, ...}          a built-in task, or null for the parquet files of `da
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,8 +100,43 @@ class MismatchSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """When a run raises an alarm, and when it ends; see `mxfp4_rl.verl_plugin.guards`. null switches a guard off.
+
+    Args:
+        nonfinite_steps: end after so many steps in a row whose loss or gradient norm is NaN or infinite.
+        equal_rewards_steps: alarm after so many steps in a row in which no group had two different rewards.
+        empty_gen_batches: with `algorithm.filter_groups`: end a step that generated so many batches of prompts and found no
+            group with two different rewards.
+        failed_samples: end a step of whose samples more than this fraction failed.
+        reward_timeout_s: seconds that the reward of one sample may take; a sample that takes longer counts as failed.
+        stall_s: seconds without any progress (a finished sample, a next phase of a step) after which the run ends.
+    """
+
+    nonfinite_steps: int | None = 3
+    equal_rewards_steps: int | None = 5
+    empty_gen_batches: int | None = 10
+    failed_samples: float | None = 0.5
+    reward_timeout_s: float | None = 300
+    stall_s: float | None = 3600
+
+    def __post_init__(self):
+        for name in ("nonfinite_steps", "equal_rewards_steps", "empty_gen_batches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise RecipeError(f"mxfp4.guards.{name}={value!r} must be a positive integer, or null for no guard")
+        for name, most in (("failed_samples", 1), ("reward_timeout_s", None), ("stall_s", None)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= (most or math.inf)):
+                span = f"in (0, {most}]" if most else "above 0"
+                raise RecipeError(f"mxfp4.guards.{name}={value!r} must be a number {span}, or null for no guard")
+
+
+@dataclass(frozen=True)
 class Settings:
-    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl and the rest is ignored."""
+    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl, and of the rest only
+    `guards` and `run_dir` count."""
 
     enable: bool = False
     recipe: ModelRecipe = field(default_factory=ModelRecipe)
@@ -107,6 +144,7 @@ class Settings:
     aqn: AQNSettings = field(default_factory=AQNSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     mismatch: MismatchSettings = field(default_factory=MismatchSettings)
+    guards: GuardSettings = field(default_factory=GuardSettings)
     run_dir: str | None = None
     task: Mapping[str, Any] | None = None
 
@@ -127,7 +165,8 @@ class Settings:
         check_keys(values, {f.name for f in dataclasses.fields(cls)}, "mxfp4")
         for name in ("enable", "quantize_reference"):
             _is_bool(f"mxfp4.{name}", values.get(name, False))
-        for name, kind in (("aqn", AQNSettings), ("monitor", MonitorSettings), ("mismatch", MismatchSettings)):
+        blocks = {"aqn": AQNSettings, "monitor": MonitorSettings, "mismatch": MismatchSettings, "guards": GuardSettings}
+        for name, kind in blocks.items():
             given = values.get(name) or {}
             if not isinstance(given, Mapping):
                 raise RecipeError(f"mxfp4.{name}={given!r} must be a block of keys")

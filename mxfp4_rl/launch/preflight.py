@@ -19,14 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.launch.compose import resolved, unknown_keys
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
-from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
+from mxfp4_rl.launch.run_dir import TRACKER_FILE, RunDir, claim_run_dir
 from mxfp4_rl.launch.support import check_supported
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.settings import Settings
 
 MIN_FREE_MEMORY = 6 * 2**30  # bytes; verl's processes alone take 3.6 GB
 MIN_FREE_DISK = 2 * 2**30
-TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint
 
 
 @dataclass

@@ -15,6 +15,7 @@ from mxfp4_rl.launch import LaunchError
 
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # verl's pointer to the last checkpoint, beside the checkpoints
 
 
 class RunDir:
