@@ -210,42 +210,37 @@ def test_a_reward_function_that_raises_returns_rubbish_and_hangs(start, tmp_path
     run.assert_checkpoint(output)
 
 
-EQUAL_THEN_RANDOM = """
-    import itertools
-
-    calls = itertools.count()
-
-    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-        call = next(calls)
-        return 1.0 if call < 32 else float(call % 2)
-"""
+def constant_reward(tmp_path, value):
+    code = f"def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n    return {value}\n"
+    return data_and_reward(tmp_path, code)
 
 
 @pytest.mark.slow
 def test_equal_rewards_are_told_and_a_nan_loss_ends_the_run(start, tmp_path):
     run = start(
-        *data_and_reward(tmp_path, EQUAL_THEN_RANDOM),
+        *constant_reward(tmp_path, 1.0),
         "trainer.total_training_steps=500",
         "trainer.save_freq=1",
         "mxfp4.guards.equal_rewards_steps=2",
-        "mxfp4.guards.nonfinite_steps=2",
-        "actor_rollout_ref.actor.optim.lr=1e30",
+        "mxfp4.guards.nonfinite_steps=3",
+        "actor_rollout_ref.actor.entropy_coeff=1e39",  # infinite in float32, and so is the loss
     )
     run.wait_for_checkpoint()
     output = run.end(200)
     assert run.process.returncode == 1, output
     metrics, log = run.metrics(), run.log()
-    assert [m["mxfp4_guards/equal_rewards_steps"] for m in metrics[:3]] == [1, 2, 0]
+    assert [m["mxfp4_guards/equal_rewards_steps"] for m in metrics] == [1, 2]
+    assert [m["mxfp4_guards/nonfinite_steps"] for m in metrics] == [1, 2]
     assert f"{ALARM_MARK}step 2: every advantage was zero for 2 steps in a row (mean reward 1)" in log
-    assert "for 2 steps in a row (mxfp4.guards.nonfinite_steps=2)" in output and "optim.lr" in output
+    assert "GuardError: step 3: actor/grad_norm nan" in output and "optim.lr" in output
+    assert "for 3 steps in a row (mxfp4.guards.nonfinite_steps=3)" in output
     run.assert_checkpoint(output)
 
 
 @pytest.mark.slow
 def test_dynamic_sampling_that_finds_no_group_ends(start, tmp_path):
-    code = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n    return 0.0\n"
     run = start(
-        *data_and_reward(tmp_path, code),
+        *constant_reward(tmp_path, 0.0),
         "trainer.total_training_steps=500",
         "data.gen_batch_size=1",
         "algorithm.filter_groups.enable=true",

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from mxfp4_rl.launch.cluster import TrainerHere
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
 from mxfp4_rl.launch.watch import POLL_SECONDS, ActorWatch, local_daemons
 
@@ -59,7 +60,7 @@ def run_verl(config_path: str) -> None:
     if not config.trainer.use_v1:
         raise ValueError("trainer.use_v1=false: mxfp4-rl extends verl's V1 trainer; remove the setting")
     print("[mxfp4] starting Ray", flush=True)
-    _watched(lambda: run_ppo(config, task_runner_class=TaskRunnerV1))
+    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1)))
 
 
 def _watched(run: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mxfp4_rl.launch import LaunchError
+from mxfp4_rl.launch.cluster import check_run_dir
 from mxfp4_rl.launch.compose import resolved, unknown_keys
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import TRACKER_FILE, RunDir, claim_run_dir
@@ -71,7 +72,9 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
         warnings += check_resources(config, joins_cluster)
         warnings += check_batches(config)
         warnings += _check_lengths(config, settings)
-        run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
+        wanted = settings.run_dir or f"runs/{config.trainer.experiment_name}"
+        check_run_dir(Path(wanted).absolute())
+        run_dir = claim_run_dir(wanted, _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
         raise LaunchError(f"{error}: does the configuration build on ppo_trainer (in its defaults)?") from error
     try:
