@@ -452,6 +452,15 @@ def test_guards_count_in_a_row():
         guards.updated(6, {"actor/grad_norm": 1.0, "actor/entropy": math.nan})
 
 
+def test_weights_that_are_not_finite_are_not_stored():
+    from mxfp4_rl.verl_plugin.guards import GuardError, Guards
+
+    guards = Guards(GuardSettings(), 4)
+    guards.check_weights(2, [True, True])
+    with pytest.raises(GuardError, match="step 3: the weights hold NaN or infinity, so no checkpoint is written"):
+        guards.check_weights(3, [True, False])
+
+
 def test_dynamic_sampling_is_bounded_by_verls_own_key_too():
     from mxfp4_rl.verl_plugin.guards import GuardError, Guards
 
@@ -543,6 +552,18 @@ def test_faults_come_first_then_the_exception_then_the_last_alarm():
         "RuntimeError: selected terminal groups",
         "last alarm: the reward function raised ValueError: no",
     ]
+
+
+def test_why_samples_failed():
+    log = [
+        "(AgentLoopWorkerTQ pid=9) ray.exceptions.RayTaskError(RuntimeError): ray::MXFP4Server.generate()",
+        "(AgentLoopWorkerTQ pid=9) RuntimeError: rollout failed: FloatingPointError: the rollout's logits are not finite",
+        "(other pid=7) RuntimeError: of somebody else",
+        "mxfp4_rl.verl_plugin.guards.GuardError: step 3: 16 of 16 samples failed",
+    ]
+    assert find_failure(log).splitlines()[1] == (
+        "a sample's error: RuntimeError: rollout failed: FloatingPointError: the rollout's logits are not finite"
+    )
 
 
 def test_the_hint_on_resuming(tmp_path):

@@ -36,7 +36,12 @@ def find_failure(lines: Sequence[str]) -> str:
     """
     split = [_split(line) for line in lines]
     faults, alarms = (list(_marked(split, mark)) for mark in (FAULT_MARK, ALARM_MARK))
-    parts = ["\n".join(dict.fromkeys(faults)), _last_exception(split)]
+    last = _last_exception(split)
+    parts = ["\n".join(dict.fromkeys(faults)), last]
+    if "samples failed" in last:  # the guard's; why, only the process that asked for the sample knows
+        asker = [(prefix, text) for prefix, text in split if "AgentLoopWorker" in prefix]
+        if reason := _last_exception(asker):
+            parts.append(f"a sample's error: {reason}")
     if not any(parts):
         parts.append("\n".join([text for _, text in split if text.strip()][-MESSAGE_LINES:]) or "the log is empty")
     if alarms:

@@ -76,9 +76,7 @@ class Guards:
         if failed:
             text = f"step {step}: {failed} of {expected} samples failed (generation or reward)"
             if limit is not None and failed > limit * expected:
-                raise GuardError(
-                    f"{text}, more than mxfp4.guards.failed_samples={limit:g} allows; verl.log has each one's error"
-                )
+                raise GuardError(f"{text}, more than mxfp4.guards.failed_samples={limit:g} allows")
             print(f"{ALARM_MARK}{text} and the step goes on without them", flush=True)
         return {"mxfp4_guards/failed_samples": float(failed)}
 
@@ -102,6 +100,18 @@ class Guards:
                 "actor_rollout_ref.actor.optim.lr or clip_grad, and look at rollout_corr and the rewards of the steps before"
             )
         print(f"{ALARM_MARK}step {step}: {seen}; verl skips an update whose gradient is not finite", flush=True)
+
+    def check_weights(self, step: int, finite: Iterable[bool]) -> None:
+        """Before a checkpoint, which would otherwise take the place of one that can be resumed from.
+
+        Raises:
+            GuardError: a rank's weights are not finite.
+        """
+        if not all(finite):
+            raise GuardError(
+                f"step {step}: the weights hold NaN or infinity, so no checkpoint is written: resume from the one before with "
+                "a lower actor_rollout_ref.actor.optim.lr"
+            )
 
     def finished(self, step: int, metrics: dict) -> None:
         """After a step: counts those in which no group had two different rewards, so that every advantage is zero."""

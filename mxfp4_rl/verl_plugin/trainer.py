@@ -180,6 +180,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
             print(f"[mxfp4] warning: {stored} is another recipe than this run's, which goes on with its own", flush=True)
 
     def _save_checkpoint(self):
+        self.guards.check_weights(self.global_steps, self.actor_rollout_wg.weights_are_finite())
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE_FILE).write_text(json.dumps(self._recipe(), indent=2) + "\n")
