@@ -79,7 +79,10 @@ class Run:
 
     def wait_for_checkpoint(self):
         """Until step 1 is done, its checkpoint written."""
-        wait_for(lambda: self.processes() and self.steps() >= 1, START_SECONDS, self.process)
+        deadline = time.monotonic() + START_SECONDS
+        while not (self.processes() and self.steps() >= 1):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.1)
 
     def end(self, seconds):
         """What the launcher printed, once it has ended, which takes `seconds` at most; nothing may be left behind."""

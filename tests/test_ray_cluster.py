@@ -102,23 +102,32 @@ def arguments(model, run_dir, *overrides):
     ]
 
 
-@pytest.mark.slow
-def test_a_run_on_two_raylets_as_a_job_and_by_address_and_a_lost_node(tmp_path):
-    model = make_tiny_model(tmp_path / "tiny")
-    cluster = RayCluster(tmp_path)
-    try:
-        # As README says; neither side sets a variable.
-        job = subprocess.run(
+def submit(cluster, tmp_path, command):
+    """`ray job submit`, once the cluster takes jobs: its agents start after its nodes are there."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit"),
-                *("--address", f"http://127.0.0.1:{cluster.port}", "--"),
-                *(sys.executable, *arguments(model, tmp_path / "job", "trainer.total_training_steps=1")),
+                *("--address", f"http://127.0.0.1:{cluster.port}", "--", sys.executable, *command),
             ],
             env=environment(tmp_path),
             capture_output=True,
             text=True,
             timeout=500,
         )
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_raylets_as_a_job_and_by_address_and_a_lost_node(tmp_path):
+    model = make_tiny_model(tmp_path / "tiny")
+    cluster = RayCluster(tmp_path)
+    try:
+        # As README says; neither side sets a variable.
+        job = submit(cluster, tmp_path, arguments(model, tmp_path / "job", "trainer.total_training_steps=1"))
         log = tmp_path / "job" / "verl.log"
         assert job.returncode == 0, job.stdout + job.stderr + (log.read_text()[-6000:] if log.exists() else "")
         assert "Ray cluster" in job.stdout and "step 1/1" in job.stdout and "succeeded" in job.stdout

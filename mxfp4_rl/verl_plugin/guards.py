@@ -142,7 +142,7 @@ class StallWatch:
     def __init__(self, limit: float | None, count: Callable[[], int], end: Callable[[], None] | None = None):
         self.limit, self._count = limit, count
         self._end = end or _end_process
-        self._phase, self._since, self._most = "start", time.monotonic(), 0
+        self._phase, self._since, self._most = "start-up", time.monotonic(), 0
         self._stopped = threading.Event()
         if limit is not None:
             threading.Thread(target=self._watch, daemon=True).start()
