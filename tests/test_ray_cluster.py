@@ -156,7 +156,10 @@ def test_a_run_on_two_raylets_as_a_job_and_by_address_and_a_lost_node(tmp_path):
         os.kill(cluster.known["raylet"], signal.SIGKILL)
         assert run.wait(120) == 1
         printed = (tmp_path / "joined.txt").read_text()
-        assert "died (" in printed and "last checkpoint: " in printed and "Traceback" not in printed, printed
+        # On one machine the launcher may be connected to either raylet: it sees its own die, or the other's actors.
+        own = f"raylet (Ray's daemon on this node, process {cluster.known['raylet']}) died"
+        assert own in printed or "died (" in printed, printed
+        assert "last checkpoint: " in printed and "Traceback" not in printed, printed
     finally:
         cluster.end()
 
