@@ -264,6 +264,7 @@ ACTORS = """
     import json, os, signal, sys, time
     import ray
     from ray._private.state import actors
+    from mxfp4_rl.launch.cluster import QUEUE, check_queue_is_free
     from mxfp4_rl.launch.watch import ActorWatch
 
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1], object_store_memory=10**8)
@@ -294,12 +295,18 @@ ACTORS = """
         time.sleep(0.1)
     watch.look()
     assert watch.look() == []  # each is told once
+    check_queue_is_free()
+    other_run = ray.remote(type("Queue", (), {})).options(**QUEUE).remote()
+    try:
+        check_queue_is_free()
+    except RuntimeError as error:
+        print(error)
     print(json.dumps({"pids": pids, "told": watch.told}))
 """
 
 
 @pytest.mark.slow
-def test_the_watch_tells_deaths_of_actors_and_no_ordinary_end(tmp_path):
+def test_the_watch_tells_deaths_of_actors_and_a_second_run_is_refused(tmp_path):
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="mxr-", dir="/tmp") as short:  # a socket's path has 107 bytes at most
@@ -323,6 +330,7 @@ def test_the_watch_tells_deaths_of_actors_and_no_ordinary_end(tmp_path):
     expected = {f"the {role} died ({name}, process {result['pids'][name]} on node" for name, role in roles.items()}
     assert {line.rsplit(" node ", 1)[0] + " node" for line in result["told"]} == expected
     assert all(f"{FAULT_MARK}{line}" in done.stdout for line in result["told"])
+    assert done.stdout.count("another run of verl's V1 trainer is on this Ray cluster") == 1
 
 
 def test_a_control_store_that_does_not_answer_ends_the_run(monkeypatch, capsys):

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from omegaconf import OmegaConf
 
 from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.launch.cluster import check_run_dir
+from mxfp4_rl.launch.cluster import check_run_dir, make_paths_absolute
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 from tests.test_verl_run import SMALL, environment
@@ -162,6 +163,25 @@ def test_a_run_on_two_raylets_as_a_job_and_by_address_and_a_lost_node(tmp_path):
         assert "last checkpoint: " in printed and "Traceback" not in printed, printed
     finally:
         cluster.end()
+
+
+def test_paths_are_meant_from_the_launchers_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = OmegaConf.create(
+        {
+            "data": {
+                "train_files": ["a.parquet", "hdfs://x/b.parquet"],
+                "val_files": "/c.parquet",
+                "custom_cls": {"path": None},
+            },
+            "reward": {"custom_reward_function": {"path": "pkg://mine.reward"}, "reward_manager": {"module": None}},
+            "trainer": {"default_local_dir": "runs/x", "resume_from_path": None},
+        }
+    )
+    make_paths_absolute(config)
+    assert config.data.train_files == [f"{tmp_path}/a.parquet", "hdfs://x/b.parquet"] and config.data.val_files == "/c.parquet"
+    assert config.reward.custom_reward_function.path == "pkg://mine.reward" and config.data.custom_cls.path is None
+    assert config.trainer.default_local_dir == f"{tmp_path}/runs/x"
 
 
 def test_a_run_directory_that_ray_deletes_is_refused():

@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 from mxfp4_rl.launch import LaunchError
 
 QUEUE = {"name": "TransferQueueController", "namespace": "transfer_queue"}
+# What the run's processes read or write, each in a working directory of its own.
+PATH_KEYS = (
+    *("data.train_files", "data.val_files", "data.custom_cls.path", "reward.custom_reward_function.path"),
+    *("reward.reward_manager.module.path", "trainer.default_local_dir", "trainer.resume_from_path"),
+    *("trainer.rollout_data_dir", "trainer.validation_data_dir"),
+)
 UPLOADED = "runtime_resources/working_dir_files"  # where Ray unpacks a job's --working-dir
 
 
@@ -55,6 +63,20 @@ def check_queue_is_free() -> None:
         "another run of verl's V1 trainer is on this Ray cluster, and the two would mix their samples (verl has one "
         "TransferQueueController a cluster): wait until it has ended, or start a cluster of its own for this run"
     )
+
+
+def make_paths_absolute(config: DictConfig) -> None:
+    """Relative paths are meant from the launcher's directory, which processes of other nodes are not in."""
+    for key in PATH_KEYS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str):
+            OmegaConf.update(config, key, _absolute(value))
+        elif value is not None:
+            OmegaConf.update(config, key, [_absolute(path) for path in value])
+
+
+def _absolute(path: str) -> str:
+    return path if not path or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def check_run_dir(path: Path) -> None:

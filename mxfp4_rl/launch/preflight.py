@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.launch.cluster import check_run_dir
+from mxfp4_rl.launch.cluster import check_run_dir, make_paths_absolute
 from mxfp4_rl.launch.compose import resolved, unknown_keys
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import TRACKER_FILE, RunDir, claim_run_dir
@@ -82,6 +82,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None) 
             config.mxfp4.run_dir = str(run_dir.path)
         warnings += _check_free_space(run_dir.path)
         rows = prepare_data(config, settings)
+        make_paths_absolute(config)
         total_steps = fix_total_steps(config, settings, rows)
         prepare_model(config, say)
         quantised = None
