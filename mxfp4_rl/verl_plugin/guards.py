@@ -157,7 +157,10 @@ class StallWatch:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.limit / 4)):
-            count = self._count()
+            try:
+                count = self._count()
+            except RuntimeError:  # it changed while it was counted
+                continue
             if count > self._most:
                 self._most, self._since = count, time.monotonic()
             elif time.monotonic() - self._since > self.limit:
