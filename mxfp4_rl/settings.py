@@ -7,6 +7,7 @@ aqn: {enable, sigma_start, sigma_end, stages, seed}
 monitor: {every, max_rows, layers}
 mismatch: {k3_kl, stop}    when trainer and rollout are too far apart
 alerts: {calm, entropy, ...}  bands whose leaving is told of
+guards: {...}              when a run that cannot learn, or waits without end, is ended
 run_dir: where metrics, checkpoints and the report go
 task: {name, ...}          a built-in task, or null for the parquet files of `data.*`
 """
@@ -14,6 +15,7 @@ task: {name, ...}          a built-in task, or null for the parquet files of `da
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,8 +147,43 @@ def _band(name: str, given: Any) -> Band:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """When a run raises an alarm, and when it ends; see `mxfp4_rl.verl_plugin.guards`. null switches a guard off.
+
+    Args:
+        nonfinite_steps: end after so many steps in a row whose loss or gradient norm is NaN or infinite.
+        equal_rewards_steps: alarm after so many steps in a row in which no group had two different rewards.
+        empty_gen_batches: with `algorithm.filter_groups`: end a step that generated so many batches of prompts and found no
+            group with two different rewards.
+        failed_samples: end a step of whose samples more than this fraction failed.
+        reward_timeout_s: seconds that the reward of one sample may take; a sample that takes longer counts as failed.
+        stall_s: seconds without any progress (a finished sample, a next phase of a step) after which the run ends.
+    """
+
+    nonfinite_steps: int | None = 3
+    equal_rewards_steps: int | None = 5
+    empty_gen_batches: int | None = 10
+    failed_samples: float | None = 0.5
+    reward_timeout_s: float | None = 300
+    stall_s: float | None = 3600
+
+    def __post_init__(self):
+        for name in ("nonfinite_steps", "equal_rewards_steps", "empty_gen_batches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise RecipeError(f"mxfp4.guards.{name}={value!r} must be a positive integer, or null for no guard")
+        for name, most in (("failed_samples", 1), ("reward_timeout_s", None), ("stall_s", None)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= (most or math.inf)):
+                span = f"in (0, {most}]" if most else "above 0"
+                raise RecipeError(f"mxfp4.guards.{name}={value!r} must be a number {span}, or null for no guard")
+
+
+@dataclass(frozen=True)
 class Settings:
-    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl and the rest is ignored."""
+    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl, and of the rest only
+    `guards` and `run_dir` count."""
 
     enable: bool = False
     recipe: ModelRecipe = field(default_factory=ModelRecipe)
@@ -155,6 +192,7 @@ class Settings:
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     mismatch: MismatchSettings = field(default_factory=MismatchSettings)
     alerts: AlertSettings = field(default_factory=AlertSettings)
+    guards: GuardSettings = field(default_factory=GuardSettings)
     run_dir: str | None = None
     task: Mapping[str, Any] | None = None
 
@@ -187,7 +225,13 @@ class Settings:
         return cls(**values)
 
 
-_BLOCKS = {"aqn": AQNSettings, "monitor": MonitorSettings, "mismatch": MismatchSettings, "alerts": AlertSettings}
+_BLOCKS = {
+    "aqn": AQNSettings,
+    "monitor": MonitorSettings,
+    "mismatch": MismatchSettings,
+    "alerts": AlertSettings,
+    "guards": GuardSettings,
+}
 
 
 def _is_bool(name: str, value: Any) -> None:

@@ -7,6 +7,8 @@
     records    what a run writes down and says about itself before it starts
     run        the parent process: starts the child, follows it, ends it, reports
     child      the process that calls verl
+    watch      death among the run's Ray processes, told and ended within seconds
+    cluster    what a run on a shared Ray cluster needs
     processes  finding and ending every process of a run, also those that Ray detached
     progress   what is shown while the run goes on
     outcome    the report, the summary, and what went wrong

@@ -11,8 +11,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
+from mxfp4_rl.launch.cluster import TrainerHere
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
+from mxfp4_rl.launch.watch import POLL_SECONDS, ActorWatch, local_daemons
+
+LAST_LOOK_SECONDS = 2 * POLL_SECONDS
 
 
 def end_with_parent(parent: int, temp_dir: str | None) -> None:
@@ -55,7 +60,38 @@ def run_verl(config_path: str) -> None:
     if not config.trainer.use_v1:
         raise ValueError("trainer.use_v1=false: mxfp4-rl extends verl's V1 trainer; remove the setting")
     print("[mxfp4] starting Ray", flush=True)
-    run_ppo(config, task_runner_class=TaskRunnerV1)
+    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1)))
+
+
+def _watched(run: Callable[[], None]) -> None:
+    """Call `run`, which starts Ray, and watch its processes as long as it lasts."""
+    import ray
+
+    over = threading.Event()
+    watches: list[ActorWatch] = []
+
+    def begin() -> None:
+        while not ray.is_initialized():
+            if over.wait(0.5):
+                return
+        # On a shared cluster the table holds other people's actors too.
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        watches.append(ActorWatch(lambda: ray._private.state.actors(job_id=job), local_daemons()))
+        watches[0].start()
+
+    threading.Thread(target=begin, daemon=True).start()
+    try:
+        run()
+    except Exception:
+        # verl's error may be faster than the watch, which knows which process was the cause.
+        deadline = time.monotonic() + LAST_LOOK_SECONDS
+        while watches and not watches[0].told and time.monotonic() < deadline:
+            time.sleep(0.2)
+        raise
+    finally:
+        over.set()
+        for watch in watches:
+            watch.stop()
 
 
 def main(argv: list[str]) -> None:

@@ -1,9 +1,12 @@
-"""What went wrong, from a failed run's log: the innermost exception, without Ray's prefixes and wrappers."""
+"""What went wrong, from a failed run's log: what the run's own watch says, then the innermost exception, without Ray's prefixes
+and wrappers, then the last alarm."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from mxfp4_rl.monitor.alerts import ALARM_MARK  # what a run goes on with
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "(TaskRunnerV1 pid=123) ", "(WorkerDict pid=123, ip=10.0.0.2) ", "(raylet) "
@@ -14,6 +17,7 @@ _WRAPPERS = re.compile(
     r"^(?:ray\.exceptions\.)?(?:RayTaskError|RayActorError|ActorDiedError|ActorUnavailableError|SystemExit)\b"
 )
 MESSAGE_LINES = 6
+FAULT_MARK = "[mxfp4] fault: "  # why a run cannot go on: a process that died, a wait without end
 
 
 # What follows an exception's message: the rest of a traceback, another one, or an ordinary line of the log.
@@ -28,9 +32,31 @@ def strip_prefix(line: str) -> str:
 def find_failure(lines: Sequence[str]) -> str:
     """The most useful lines of a failed run's log.
 
-    They are the last exception that is no wrapper, with its message; else the last wrapper; else the log's last lines.
+    Faults that the run itself reported come first. Then the last exception that is no wrapper, with its message; else the
+    last wrapper; else, if there is no fault, the log's last lines. The last alarm may tell how it came to that.
     """
     split = [_split(line) for line in lines]
+    faults, alarms = (list(_marked(split, mark)) for mark in (FAULT_MARK, ALARM_MARK))
+    last = _last_exception(split)
+    parts = ["\n".join(dict.fromkeys(faults)), last]
+    if "samples failed" in last:  # the guard's; why, only the process that asked for the sample knows
+        asker = [(prefix, text) for prefix, text in split if "AgentLoopWorker" in prefix]
+        if reason := _last_exception(asker):
+            parts.append(f"a sample's error: {reason}")
+    if not any(parts):
+        parts.append("\n".join([text for _, text in split if text.strip()][-MESSAGE_LINES:]) or "the log is empty")
+    if alarms:
+        parts.append(f"last alarm: {alarms[-1]}")
+    return "\n".join(filter(None, parts))
+
+
+def _marked(split: Sequence[tuple[str, str]], mark: str) -> Iterator[str]:
+    for _, text in split:
+        if mark in text:
+            yield text.split(mark, 1)[1]
+
+
+def _last_exception(split: Sequence[tuple[str, str]]) -> str:
     found = [i for i, (_, text) in enumerate(split) if _EXCEPTION.match(text)]
     useful = [i for i in found if not _WRAPPERS.match(split[i][1])]
     # What the first process itself printed, without a prefix, tells the end; workers may still complain after it.
@@ -38,7 +64,7 @@ def find_failure(lines: Sequence[str]) -> str:
     for candidates in (own, useful, found):
         if candidates:
             return "\n".join(_with_message(split, candidates[-1]))
-    return "\n".join([text for _, text in split if text.strip()][-MESSAGE_LINES:]) or "the log is empty"
+    return ""
 
 
 def _split(line: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from mxfp4_rl import checkpoints
 from mxfp4_rl.launch.failure import find_failure
 from mxfp4_rl.launch.run_dir import METRICS_FILE
 
@@ -79,11 +80,12 @@ def view_lines(directory: Path) -> list[str]:
     return lines
 
 
-def print_failure(log: Path, start: int, code: int) -> None:
-    """A box with what the log, from byte `start` on, says of a failed run, and the log's path; on stderr.
+def print_failure(log: Path, start: int, code: int, root: str) -> None:
+    """A box with what the log, from byte `start` on, says of a failed run, the log's path, and how to go on; on stderr.
 
     Args:
         code: of the run's first process; negative if a signal ended it.
+        root: the run's folder of checkpoints.
     """
     with open(log, "rb") as file:
         file.seek(start)
@@ -97,4 +99,15 @@ def print_failure(log: Path, start: int, code: int) -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Panel(Text(text), title="the run failed", expand=False))
-    print(f"full log: {log}", file=sys.stderr, flush=True)
+    print(f"full log: {log}", file=sys.stderr)
+    print(resume_hint(log.parent, Path(root)), file=sys.stderr, flush=True)
+
+
+def resume_hint(run_dir: Path, root: Path) -> str:
+    """What is kept of a run that ended early, and how to go on from there."""
+    last, _ = checkpoints.latest_whole(root)
+    if last is None:
+        return "no checkpoint was written (trainer.save_freq says how often): the same command starts anew"
+    return (
+        f"last checkpoint: {last}; to go on from there, the same command with trainer.resume_mode=auto mxfp4.run_dir={run_dir}"
+    )

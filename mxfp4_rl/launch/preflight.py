@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mxfp4_rl import checkpoints
 from mxfp4_rl.launch import MIN_FREE_DISK, MIN_FREE_MEMORY, LaunchError, quietly
+from mxfp4_rl.launch.cluster import check_run_dir, make_paths_absolute
 from mxfp4_rl.launch.compose import one_line, resolved, verl_defaults
 from mxfp4_rl.launch.inputs import check_quantisable, prepare_data, prepare_model
 from mxfp4_rl.launch.run_dir import RunDir, claim_run_dir
@@ -75,7 +76,9 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, 
         warnings += _check_lengths(config, settings)
         with quietly():
             check_names(plain)
-        run_dir = claim_run_dir(settings.run_dir or f"runs/{config.trainer.experiment_name}", _resumes(config))
+        wanted = settings.run_dir or f"runs/{config.trainer.experiment_name}"
+        check_run_dir(Path(wanted).absolute())
+        run_dir = claim_run_dir(wanted, _resumes(config))
     except OmegaConfBaseException as error:  # a key that verl's configuration has and this one lacks
         raise LaunchError(f"{one_line(error)}: does the configuration build on ppo_trainer (in its defaults)?") from error
     try:
@@ -84,6 +87,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = lambda text: None, 
         warnings += _check_free_space(run_dir.path)
         warnings += _check_checkpoints(config)
         rows = prepare_data(config, settings)
+        make_paths_absolute(config)
         total_steps = fix_total_steps(config, settings, rows)
         prepare_model(config, say)
         warnings += _check_room(config)

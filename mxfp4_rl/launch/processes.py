@@ -47,7 +47,7 @@ class RunProcesses:
         self._known.update(self._relatives())
         if thorough:
             self._known.update(p for p in psutil.process_iter() if p.pid != os.getpid() and self._is_marked(p))
-        return [p for p in self._known if _runs(p)]
+        return [p for p in self._known if is_alive(p)]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process that still runs."""
@@ -120,7 +120,8 @@ class RunProcesses:
                     pass
 
 
-def _runs(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that has ended and waits to be collected does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

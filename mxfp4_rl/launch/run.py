@@ -94,7 +94,7 @@ def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], c
     if caught:
         return 128 + caught[0]
     if code != 0:
-        print_failure(directory / LOG_FILE, log_start, code)
+        print_failure(directory / LOG_FILE, log_start, code, run.config["trainer"]["default_local_dir"])
         return 1
     return 0
 

@@ -23,7 +23,9 @@ from mxfp4_rl import checkpoints
 from mxfp4_rl.monitor.alerts import MISMATCH, WATCHED, Alerts, is_inside, send
 from mxfp4_rl.monitor.components import error_metrics, pool
 from mxfp4_rl.settings import HF_ROLLOUT, RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
+from mxfp4_rl.verl_plugin.guards import Guards, StallWatch, count_sessions
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, drop_records_past, prepare_backends
+from mxfp4_rl.verl_plugin.rewards import guard_rewards
 from mxfp4_rl.verl_plugin.waves import ROW, SAMPLE, NumberedRows, RowClient
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
 
@@ -44,7 +46,11 @@ class MXFP4TrainerSync(PPOTrainerSync):
             config.trainer.max_actor_ckpt_to_keep = None  # verl would remove old ones before the new one is whole
             config.trainer.max_critic_ckpt_to_keep = None
             config.trainer.remove_previous_ckpt_in_save = False
+            guard_rewards(config)
         super().__init__(config)
+        most = (config.algorithm.get("filter_groups") or {}).get("max_num_gen_batches") or 0
+        self.guards = Guards(self.settings.guards, config.data.train_batch_size, most)
+        self.stall = StallWatch(self.settings.guards.stall_s, self._count_samples)
         # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
         self.replay_buffer.poll_interval = 0.05
         self.noise = self._noise_schedule()
@@ -76,10 +82,46 @@ class MXFP4TrainerSync(PPOTrainerSync):
 
     def on_init_end(self):
         print("[mxfp4] trainer: first weight sync", flush=True)
+        self.stall.progress("the first weight sync")
         super().on_init_end()
+
+    # ---- guards
+
+    def _count_samples(self) -> int:
+        """Samples in the queue, at most: verl's snapshot of it is empty for a moment while it is renewed."""
+        return sum(len(partition) for partition in list(self.replay_buffer.partitions.values()))
+
+    def on_step_begin(self):
+        super().on_step_begin()
+        self.guards.begin_step()
+
+    def on_sample_begin(self):
+        super().on_sample_begin()
+        self.stall.progress(f"sampling of step {self.global_steps}")
+
+    def on_sample_end(self):
+        self.stall.progress(f"training of step {self.global_steps}")
+        super().on_sample_end()
+
+    def _add_prompts_to_generate(self, num_prompts):
+        self.guards.refill(self.global_steps, num_prompts, len(self.replay_buffer.finished_keys["train"]))
+        self.stall.progress(f"sampling of step {self.global_steps}")
+        return super()._add_prompts_to_generate(num_prompts)
+
+    def _step_once(self, metrics, timing_raw, sample_batch_size):
+        try:
+            return super()._step_once(metrics, timing_raw, sample_batch_size)
+        except RuntimeError as error:
+            if "no materializable trajectories" in str(error):
+                expected = sample_batch_size * self.config.actor_rollout_ref.rollout.n
+                self.guards.sampled(self.global_steps, 0, expected)
+            raise
+
+    # ---- measuring and noise
 
     def on_validate_begin(self):
         super().on_validate_begin()
+        self.stall.progress(f"validation after step {self.global_steps}")
         self._set_noise(False)
 
     def on_validate_end(self):
@@ -87,6 +129,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         super().on_validate_end()
 
     def on_step_end(self):
+        self.stall.progress(f"the weight sync of step {self.global_steps}")
         super().on_step_end()
         syncs = self._servers("last_sync")
         if syncs:
@@ -98,6 +141,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         if measure:
             self.actor_rollout_wg.start_measuring()
         batch = super()._update_actor(batch, metrics)
+        self.guards.updated(self.global_steps, metrics)
         if measure:
             began = time.perf_counter()
             errors = pool(self.actor_rollout_wg.collect_errors())
@@ -129,6 +173,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)  # the last to add to a step's metrics
+        self.guards.finished(global_steps, metrics)
         send(self.alerts.check(global_steps, metrics), self.logger.logger, global_steps)
 
     def _recipe(self) -> dict | None:
@@ -143,12 +188,15 @@ class MXFP4TrainerSync(PPOTrainerSync):
         if rollout.name == HF_ROLLOUT:
             agent_loop_manager = NumberedRows(agent_loop_manager, self._announce_wave, rollout.n, rollout.val_kwargs.n)
         super().fit(agent_loop_manager)
+        self.stall.stop()
 
     def _announce_wave(self, requests: int) -> None:
         if len(self.llm_server_manager.get_replicas()) == 1:  # several share a wave by load, which nobody knows beforehand
             self._servers("expect", requests)
 
     def _balance_batch(self, batch, metrics, *args, **kwargs):
+        expected = self.config.data.train_batch_size // self.parameter_sync_step * self.config.actor_rollout_ref.rollout.n
+        metrics.update(self.guards.sampled(self.global_steps, count_sessions(batch.keys), expected))
         if self.config.actor_rollout_ref.rollout.name == HF_ROLLOUT:
             # verl hands the samples over as they came back; sums, and so the last bits of a step, follow their order.
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[ROW, "extra_fields"])
@@ -183,6 +231,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         print(f"[mxfp4] resuming from {folder}, step {self.global_steps}{more}", flush=True)
 
     def _save_checkpoint(self):
+        self.guards.check_weights(self.global_steps, self.actor_rollout_wg.weights_are_finite())
         root = self.config.trainer.default_local_dir
         folder = checkpoints.folder_of(root, self.global_steps)
         before, _ = checkpoints.latest_whole(root)

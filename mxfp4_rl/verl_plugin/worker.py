@@ -45,3 +45,10 @@ class MXFP4ActorRolloutRefWorker(ActorRolloutRefWorker):
     def collect_errors(self) -> LayerErrors:
         """Every rank: its error statistics; the caller pools them."""
         return self.actor.engine.collect_errors()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def weights_are_finite(self) -> bool:
+        """Every rank: whether its part of the actor's master weights holds neither NaN nor infinity."""
+        weights = self.actor.engine.module.parameters()
+        parts = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)  # FSDP2's are DTensors
+        return all(bool(torch.isfinite(part).all()) for part in parts)
