@@ -7,7 +7,6 @@ it logged any metrics there is a report. Only SIGKILL takes that from us; the ch
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -46,7 +45,6 @@ def launch(run: PreparedRun, child_command: Sequence[str] = CHILD_COMMAND, argum
     """
     temp_dir = None if run.joins_cluster else tempfile.mkdtemp(prefix="mxr-", dir=_short_temp_root())
     state, code = run_state.begin(run.run_dir.path), 1
-    gc.freeze()  # what the checks imported (torch, verl) stays: going through it all at the exit takes Ctrl-C a second more
     try:
         write_records(run, temp_dir, arguments)
         print_header(run)
