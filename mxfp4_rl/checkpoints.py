@@ -141,7 +141,7 @@ def gib(count: int) -> str:
 
 
 def _steps(root: str | Path) -> Iterator[tuple[int, Path]]:
-    root = Path(root)
+    root = Path(root).expanduser()
     if root.is_dir():
         for folder in root.iterdir():
             step = step_of(folder)

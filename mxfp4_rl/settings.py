@@ -152,7 +152,6 @@ class GuardSettings:
 
     Args:
         nonfinite_steps: end after so many steps in a row whose loss or gradient norm is NaN or infinite.
-        equal_rewards_steps: alarm after so many steps in a row in which no group had two different rewards.
         empty_gen_batches: with `algorithm.filter_groups`: end a step that generated so many batches of prompts and found no
             group with two different rewards.
         failed_samples: end a step of whose samples more than this fraction failed.
@@ -161,14 +160,13 @@ class GuardSettings:
     """
 
     nonfinite_steps: int | None = 3
-    equal_rewards_steps: int | None = 5
     empty_gen_batches: int | None = 10
     failed_samples: float | None = 0.5
     reward_timeout_s: float | None = 300
     stall_s: float | None = 3600
 
     def __post_init__(self):
-        for name in ("nonfinite_steps", "equal_rewards_steps", "empty_gen_batches"):
+        for name in ("nonfinite_steps", "empty_gen_batches"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RecipeError(f"mxfp4.guards.{name}={value!r} must be a positive integer, or null for no guard")
@@ -182,8 +180,8 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole block. Build it with `from_config`; with `enable` false the run is plain verl, and of the rest only
-    `guards` and `run_dir` count."""
+    """The whole block. Build it with `from_config`; with `enable` false the model is plain verl's, and of the rest
+    `alerts`, `guards` and `run_dir` count."""
 
     enable: bool = False
     recipe: ModelRecipe = field(default_factory=ModelRecipe)

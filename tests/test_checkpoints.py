@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from mxfp4_rl import checkpoints
 from mxfp4_rl.launch.progress import Tail
 from mxfp4_rl.monitor.alerts import Alerts
-from mxfp4_rl.settings import Settings
+from mxfp4_rl.settings import GuardSettings, Settings
+from mxfp4_rl.verl_plugin.guards import Guards
 from mxfp4_rl.verl_plugin.loggers import drop_records_past
 
 SHARD = "actor/model_world_size_1_rank_0.pt"
@@ -149,6 +150,8 @@ def trainer(tmp_path, monkeypatch):
     trainer.settings, trainer.run_dir, trainer.keep_checkpoints = Settings(), tmp_path, 2
     trainer.saved, trainer.write = [], write_files
     trainer.alerts = Alerts({"entropy": (1.0, None)}, calm=1)
+    trainer.guards = Guards(GuardSettings(), batch_size=4)
+    trainer.actor_rollout_wg = SimpleNamespace(weights_are_finite=lambda: [True])
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **seen: trainer.saved.append(Path(seen["checkpoint_dir"])))
 
     def save(self):

@@ -32,6 +32,13 @@ def stored(folder):
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def test_the_command_line_names_every_format():
+    from mxfp4_rl.export import FORMAT_NAMES
+    from mxfp4_rl.export.formats import FORMATS
+
+    assert tuple(FORMATS) == FORMAT_NAMES
+
+
 def linear_names(tensors):
     return [n for n in tensors if n.endswith("proj.weight")]
 

@@ -221,7 +221,7 @@ def test_equal_rewards_are_told_and_a_nan_loss_ends_the_run(start, tmp_path):
         *constant_reward(tmp_path, 1.0),
         "trainer.total_training_steps=500",
         "trainer.save_freq=1",
-        "mxfp4.guards.equal_rewards_steps=2",
+        "mxfp4.alerts.no_signal=[null,1]",
         "mxfp4.guards.nonfinite_steps=3",
         "actor_rollout_ref.actor.entropy_coeff=1e39",  # infinite in float32, and so is the loss
     )
@@ -229,9 +229,9 @@ def test_equal_rewards_are_told_and_a_nan_loss_ends_the_run(start, tmp_path):
     output = run.end(200)
     assert run.process.returncode == 1, output
     metrics, log = run.metrics(), run.log()
-    assert [m["mxfp4_guards/equal_rewards_steps"] for m in metrics] == [1, 2]
+    assert [m["training/steps_without_signal"] for m in metrics] == [1, 2]
     assert [m["mxfp4_guards/nonfinite_steps"] for m in metrics] == [1, 2]
-    assert f"{ALARM_MARK}step 2: every advantage was zero for 2 steps in a row (mean reward 1)" in log
+    assert f"{ALARM_MARK}step 2: no_signal: training/steps_without_signal is 2" in log
     assert "GuardError: step 3: actor/grad_norm nan" in output and "optim.lr" in output
     assert "for 3 steps in a row (mxfp4.guards.nonfinite_steps=3)" in output
     run.assert_checkpoint(output)
@@ -394,7 +394,11 @@ def stand_in(tmp_path, model, monkeypatch):
         child.write_text(textwrap.dedent(CHILD.format(fault=fault)))
         arguments = ["train", f"actor_rollout_ref.model.path={model}", "mxfp4.run_dir=run", "mxfp4.enable=false"]
         command = [sys.executable, str(child)]
-        script = f"import sys; from mxfp4_rl.cli import main; sys.exit(main({arguments!r}, {command!r}))"
+        # Under nohup, as tests may run, children inherit that SIGHUP is ignored.
+        script = (
+            "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); from mxfp4_rl.cli import main; "
+            f"sys.exit(main({arguments!r}, {command!r}))"
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", script],
             env=environment(tmp_path) | {"COLUMNS": "1000", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -530,7 +534,7 @@ def test_every_reward_manager_of_verl_has_a_guarded_twin():
     ("block", "message"),
     [
         ({"nonfinite_steps": 0}, "mxfp4.guards.nonfinite_steps=0 must be a positive integer, or null"),
-        ({"equal_rewards_steps": 2.5}, "mxfp4.guards.equal_rewards_steps=2.5"),
+        ({"empty_gen_batches": 2.5}, "mxfp4.guards.empty_gen_batches=2.5"),
         ({"failed_samples": 1.5}, r"mxfp4.guards.failed_samples=1.5 must be a number in \(0, 1\]"),
         ({"reward_timeout_s": "5 min"}, "mxfp4.guards.reward_timeout_s='5 min' must be a number above 0"),
         ({"stall_s": -1}, "mxfp4.guards.stall_s=-1"),

@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from mxfp4_rl.launch import LaunchError
+from mxfp4_rl.launch import LaunchError, support
 from mxfp4_rl.launch.compose import compose_config
 from mxfp4_rl.launch.preflight import check_batches
 from mxfp4_rl.launch.support import check_supported
@@ -19,6 +19,7 @@ def a_gpu_host(monkeypatch):
     own = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.22.0" if name == "vllm" else own(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(support, "has_flash_attention", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
 
@@ -78,3 +79,10 @@ def test_the_gpu_must_run_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(LaunchError, match=r"a GPU has compute capability 7\.5"):
         check()
+
+
+def test_flash_attention_must_be_there_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(support, "has_flash_attention", lambda: False)
+    with pytest.raises(LaunchError, match="flash-attn, which is not installed"):
+        check("eight_gpus")
+    check("one_gpu")

@@ -16,6 +16,7 @@ from mxfp4_rl.launch.compose import compose_config, resolved, verl_defaults
 from mxfp4_rl.launch.preflight import check_batches
 from mxfp4_rl.launch.schema import check_schema
 from mxfp4_rl.launch.support import check_supported
+from mxfp4_rl.launch.values import check_numbers
 from mxfp4_rl.settings import Settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -110,6 +111,7 @@ def test_the_configurations_fit_together(monkeypatch, name):
     own = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.22.0" if package == "vllm" else own(package))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mxfp4_rl.launch.support.has_flash_attention", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     config = compose_config(name, [])
@@ -126,3 +128,11 @@ def test_a_slip_in_what_the_dapo_reward_reads_is_told():
     config = resolved(compose_config("dapo_math", ["+reward.reward_kwargs.max_response_len=3"]))
     with pytest.raises(LaunchError, match=r"reward_kwargs.max_response_len .* did you mean max_resp_len"):
         check_schema(config, verl_defaults())
+
+
+def test_what_verl_reads_without_declaring_it_and_numbers_of_the_users_own_are_taken():
+    own = ["reward.custom_reward_function.reward_kwargs.wrong=-1", "reward.max_rpm=10"]
+    own.append("actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=-1")
+    config = resolved(compose_config("quickstart", [f"+{one}" for one in own]))
+    assert check_schema(config, verl_defaults()) == []
+    check_numbers(config, verl_defaults())

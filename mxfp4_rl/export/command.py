@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from mxfp4_rl.export.formats import FORMATS, ExportError
+from mxfp4_rl.export import FORMAT_NAMES, ExportError
 from mxfp4_rl.launch import LaunchError
 
 EPILOG = """\
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name or smollm2-135m-instruct")
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what is written")
+    parser.add_argument("--format", required=True, choices=FORMAT_NAMES, help="what is written")
     parser.add_argument("--recipe", metavar="WORDS", help="words joined by +, or a JSON file; default: the stored recipe")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most, e.g. 2GB; default: 5GB")
     parser.add_argument("--verify", action="store_true", help="read it back and compare bit for bit")
@@ -46,6 +46,7 @@ def run(options) -> int:
     from mxfp4_rl.analysis.checkpoint import CheckpointError, open_checkpoint
     from mxfp4_rl.analysis.progress import make_progress
     from mxfp4_rl.evaluation.sources import find_model, find_recipe
+    from mxfp4_rl.export.formats import FORMATS
     from mxfp4_rl.export.verify import verify_export
     from mxfp4_rl.export.write import Plan, write_export
 

@@ -23,10 +23,6 @@ from mxfp4_rl.quant.nvfp4 import TARGET
 from mxfp4_rl.recipe import QuantRecipe
 
 
-class ExportError(ValueError):
-    """The export cannot be made as asked; the message says why and what to do instead."""
-
-
 @dataclass(frozen=True)
 class Format:
     """One format.

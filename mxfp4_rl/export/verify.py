@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mxfp4_rl.analysis.checkpoint import Checkpoint, open_checkpoint
-from mxfp4_rl.export.formats import ExportError
+from mxfp4_rl.export import ExportError
 from mxfp4_rl.export.write import Plan
 from mxfp4_rl.quant import QuantizedTensor
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from mxfp4_rl.analysis.checkpoint import Checkpoint
 from mxfp4_rl.analysis.weights import linear_weights
-from mxfp4_rl.export.formats import ExportError, Format, quantise_group, served_together
+from mxfp4_rl.export import ExportError
+from mxfp4_rl.export.formats import Format, quantise_group, served_together
 from mxfp4_rl.nn.convert import why_left_alone
 from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.recipe import ModelRecipe

@@ -26,8 +26,13 @@ OWN_BLOCKS = ("mxfp4",)  # checked by `mxfp4_rl.settings`
 RAY_INIT = "ray_kwargs.ray_init"  # the arguments of `ray.init`; verl's YAML files name only some
 REQUIRED = "???"  # OmegaConf's mark of a value that must be given
 IN_USE = "actor_rollout_ref."  # a reward model's rollout, say, may stay without its name
-# Blocks that verl's code reads (the DAPO reward manager, this one), though neither a file nor a class of verl's declares them.
-UNDECLARED = {"reward.reward_kwargs": ("overlong_buffer_cfg", "max_resp_len")}
+# What verl's code reads though neither a file nor a class of verl's declares it: the keys of a block, or None for any value.
+UNDECLARED: dict[str, tuple[str, ...] | None] = {
+    "reward.reward_kwargs": ("overlong_buffer_cfg", "max_resp_len"),  # the DAPO reward manager
+    "reward.custom_reward_function.reward_kwargs": None,
+    **dict.fromkeys(("reward.max_concurrent", "reward.max_rpm", "reward.max_tpm", "reward.timeout")),  # the rate-limited one
+    **dict.fromkeys(("data.need_tools_kwargs", "data.filter_prompts", "data.cache_dir", "data.chat_template_func")),
+}
 # What verl's readers take beside the kind of its default.
 ALSO = {"data.train_files": list, "data.val_files": list, "trainer.logger": str}
 
@@ -193,7 +198,7 @@ class _Check:
         if other_engine or on_purpose:
             self.warnings.append(f"verl does not know {here} and will ignore it; {hint}")
         elif cls is None:
-            purpose = f"to add it on purpose, write +{here}=... on the command line"
+            purpose = f"to add it on purpose, write ++{here}=... on the command line"
             raise LaunchError(f"verl has no key {here} and would ignore it; {hint} ({purpose})")
         else:
             raise LaunchError(f"verl has no key {here} ({cls.__name__} would refuse it); {hint}")
@@ -220,6 +225,8 @@ def _check_value(key: str, value: Any, usual: Any, in_yaml: bool, annotation: An
 
 
 def _check_undeclared(here: str, block: Any) -> None:
+    if UNDECLARED[here] is None:
+        return
     if not isinstance(block, Mapping):
         raise LaunchError(f"{here}={_shown(block)} must be a block of keys: {', '.join(UNDECLARED[here])}")
     for key in block:

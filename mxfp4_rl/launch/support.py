@@ -6,6 +6,7 @@ What is not supported is refused, so that nothing runs unquantised behind one's 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 
 from omegaconf import DictConfig
 from packaging.specifiers import SpecifierSet
@@ -23,10 +24,16 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         LaunchError: such a setting together with `mxfp4.enable`, or one that no CPU run can have.
     """
     model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
+    attention = (model.get("override_config") or {}).get("attn_implementation", "flash_attention_2")  # verl's default
+    if config.trainer.device == "cuda" and attention == "flash_attention_2" and not has_flash_attention():
+        raise LaunchError(
+            "attn_implementation=flash_attention_2 needs flash-attn, which is not installed: pip install flash-attn "
+            "--no-build-isolation, or set ++actor_rollout_ref.model.override_config.attn_implementation=sdpa and "
+            "actor_rollout_ref.model.use_remove_padding=false"
+        )
     if config.trainer.device == "cpu":
         if actor.strategy != "fsdp2":
             raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
-        attention = (model.get("override_config") or {}).get("attn_implementation", "flash_attention_2")
         if "flash" in attention:
             raise LaunchError(
                 f"attn_implementation={attention} does not run on a CPU: set "
@@ -85,6 +92,10 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
             f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype (actor.fsdp_config."
             f"mixed_precision.param_dtype={compute}): trainer and rollout would quantise other bits; make them the same"
         )
+
+
+def has_flash_attention() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def check_vllm(config: DictConfig, off: str) -> None:

@@ -68,7 +68,7 @@ def check_numbers(config: Mapping[str, Any], defaults: Mapping[str, Any], copies
     for key, value, _ in sorted(_leaves(config), key=is_copy):  # a mistake is told of its origin
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
-                _check_number(key, number, _get(defaults, key))
+                _check_number(key, number, _get(defaults, key), declared=_has(defaults, key))
 
 
 def check_names(config: Mapping[str, Any]) -> None:
@@ -285,7 +285,7 @@ CHOICES: dict[str, Callable[[Mapping], Collection[str]]] = {
 }
 
 
-def _check_number(key: str, value: float, usual: Any) -> None:
+def _check_number(key: str, value: float, usual: Any, declared: bool) -> None:
     if not math.isfinite(value):
         raise LaunchError(f"{key}={value} is not a finite number")
     if value == usual:
@@ -296,7 +296,7 @@ def _check_number(key: str, value: float, usual: Any) -> None:
         if not low <= value <= high:
             raise LaunchError(f"{key}={value} {wanted}{', or null' if usual is None else ''}")
     usual_number = isinstance(usual, int | float) and not isinstance(usual, bool)
-    whole = isinstance(value, int) and usual is None
+    whole = declared and isinstance(value, int) and usual is None  # what a key of the user's own means, only the user knows
     if value < 0 and key.rsplit(".", 1)[-1] not in MAY_BE_NEGATIVE and (whole or (usual_number and usual >= 0)):
         default = "" if usual is None else f" (verl's default is {usual})"
         raise LaunchError(f"{key}={value} must not be negative{default}")
@@ -363,3 +363,11 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
             return None
         config = config[part]
     return config
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False
+        config = config[part]
+    return True

@@ -102,6 +102,10 @@ class ActorWatch:
         while not self._stopped.wait(POLL_SECONDS):
             try:
                 self.look()
+            except (AttributeError, KeyError, TypeError) as error:  # another Ray, whose table is not what is read here
+                kind = f"{type(error).__name__}: {error}"
+                print(f"[mxfp4] warning: Ray's table of actors cannot be read ({kind}): deaths are not watched", flush=True)
+                self._stopped.set()
             except Exception:  # no answer; the other thread counts how long
                 pass
 

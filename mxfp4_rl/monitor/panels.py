@@ -101,7 +101,11 @@ KERNELS = Section(
 )
 ALERTS = Section(
     "alerts",
-    (Panel("out of its band", ("mxfp4_alerts/.*",)), Panel("steps without a signal", ("training/steps_without_signal",))),
+    (
+        Panel("out of its band", ("mxfp4_alerts/.*",)),
+        Panel("steps without a signal", ("training/steps_without_signal",)),
+        Panel("failed samples, updates that came to nothing", ("mxfp4_guards/.*",)),
+    ),
 )
 
 

@@ -33,7 +33,7 @@ class Guards:
 
     def __init__(self, settings: GuardSettings, batch_size: int, max_gen_batches: int = 0):
         self.settings, self.batch_size, self.max_gen_batches = settings, batch_size, max_gen_batches
-        self._nonfinite = self._equal = 0
+        self._nonfinite = 0
         self._generated = batch_size
 
     def begin_step(self) -> None:
@@ -111,22 +111,6 @@ class Guards:
             raise GuardError(
                 f"step {step}: the weights hold NaN or infinity, so no checkpoint is written: resume from the one before with "
                 "a lower actor_rollout_ref.actor.optim.lr"
-            )
-
-    def finished(self, step: int, metrics: dict) -> None:
-        """After a step: counts those in which no group had two different rewards, so that every advantage is zero."""
-        low, high = metrics.get("critic/advantages/min"), metrics.get("critic/advantages/max")
-        if low is None or high is None:
-            return
-        self._equal = self._equal + 1 if low == high == 0 else 0
-        metrics["mxfp4_guards/equal_rewards_steps"] = float(self._equal)
-        limit = self.settings.equal_rewards_steps
-        if limit is not None and self._equal and self._equal % limit == 0:
-            print(
-                f"{ALARM_MARK}step {step}: every advantage was zero for {self._equal} steps in a row (mean reward "
-                f"{metrics.get('critic/score/mean', math.nan):.3g}): nothing is learned from groups of equal rewards. Are the "
-                "data too easy or too hard, or does the reward function always return the same?",
-                flush=True,
             )
 
 

@@ -1,7 +1,7 @@
 """verl's synchronous trainer with MXFP4's hooks: error metrics each step, noise off in validation, the run's own log.
 
 Registered as `trainer.v1.trainer_mode=mxfp4_sync`. Every hook is one that verl's trainer offers to subclasses; with
-`mxfp4.enable=false` only the log remains.
+`mxfp4.enable=false` the log, the alerts, the guards and the checkpoints remain.
 """
 
 import json
@@ -173,7 +173,6 @@ class MXFP4TrainerSync(PPOTrainerSync):
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)  # the last to add to a step's metrics
-        self.guards.finished(global_steps, metrics)
         send(self.alerts.check(global_steps, metrics), self.logger.logger, global_steps)
 
     def _recipe(self) -> dict | None:

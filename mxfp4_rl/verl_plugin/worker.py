@@ -49,6 +49,8 @@ class MXFP4ActorRolloutRefWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def weights_are_finite(self) -> bool:
         """Every rank: whether its part of the actor's master weights holds neither NaN nor infinity."""
-        weights = self.actor.engine.module.parameters()
+        module = self.actor.engine.module
+        modules = module if isinstance(module, list | tuple) else [module]  # Megatron's engine has a list of them
+        weights = (weight for one in modules for weight in one.parameters())
         parts = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)  # FSDP2's are DTensors
         return all(bool(torch.isfinite(part).all()) for part in parts)
