@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mxfp4_rl.files import sync
+
 MANIFEST = "complete.json"
 REMOVING = ".removing"  # suffix of a folder that is being removed: half of it may be gone already
 _NAME = re.compile(r"global_step_(\d+)")
@@ -45,10 +47,10 @@ def seal(folder: Path) -> None:
     """Declare a checkpoint whole: every file to the disk, then the manifest under its name in one step."""
     sizes = {}
     for path in _files(folder):
-        _sync(path)
+        sync(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _sync(path)
+        sync(path)
     temporary = folder / f"{MANIFEST}.writing"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({"step": step_of(folder), "files": sizes}, file, indent=1)
@@ -56,7 +58,7 @@ def seal(folder: Path) -> None:
         os.fsync(file.fileno())
     temporary.rename(folder / MANIFEST)
     for path in (folder, folder.parent):  # the names are on the disk when their folders are
-        _sync(path)
+        sync(path)
 
 
 def flaw(folder: str | Path) -> str | None:
@@ -158,11 +160,3 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ from mxfp4_rl.analysis.checkpoint import Checkpoint
 from mxfp4_rl.analysis.weights import linear_weights
 from mxfp4_rl.export import ExportError
 from mxfp4_rl.export.formats import Format, quantise_group, served_together
+from mxfp4_rl.files import sync
 from mxfp4_rl.nn.convert import why_left_alone
 from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.recipe import ModelRecipe
@@ -158,11 +159,11 @@ def write_export(
         mode = 0o666 & ~_umask()
         for file in part.iterdir():
             file.chmod(mode)  # safetensors' files are their owner's alone
-            _to_disk(file)
+            sync(file)
     except (OSError, SafetensorError) as error:  # safetensors' own writing fails with the latter
         raise ExportError(f"{part} cannot be written ({error}): {out} was not made") from error
     os.rename(part, out)
-    _to_disk(out.parent)
+    sync(out.parent)
     return counts
 
 
@@ -210,11 +211,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
