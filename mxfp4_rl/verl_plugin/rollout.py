@@ -295,10 +295,10 @@ class MXFP4Replica(RolloutReplica):
             "num_cpus": 0,
         }
         device = get_device_name()
+        node, visible = await self.workers[0].__ray_call__.remote(_node_and_devices)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         if device != "cpu":
             # The replica shares its worker's GPU, which the placement group has given to the worker.
-            node, visible = await self.workers[0].__ray_call__.remote(_node_and_devices)
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
             names = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
             options["runtime_env"] = {"env_vars": names}
         server = ray.remote(MXFP4Server).options(**options)
