@@ -30,12 +30,8 @@ def verify_export(
     with open_checkpoint(str(out)) as written:
         found = {info.name: info for info in written.tensors}
         for name, tensor, elements in plan.tensors(checkpoint, dtype):
-            stored = {name: tensor}
-            if isinstance(tensor, QuantizedTensor):
-                stem = name.removesuffix("weight")
-                stored = {stem + own: t for own, t in plan.format.stored(tensor).items()}
             read = {}
-            for own, expected in stored.items():
+            for own, expected in plan.stored(name, tensor).items():
                 if own not in found:
                     raise ExportError(f"{out} lacks {own}")
                 read[own] = written.read(found.pop(own))

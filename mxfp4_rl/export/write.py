@@ -104,6 +104,13 @@ class Plan:
                     done.add(m)
                     yield f"{m}.weight", q, q.shape.numel()
 
+    def stored(self, name: str, tensor: torch.Tensor | QuantizedTensor) -> dict[str, torch.Tensor]:
+        """What is written of a pair of `tensors`, by name."""
+        if not isinstance(tensor, QuantizedTensor):
+            return {name: tensor}
+        stem = name.removesuffix("weight")
+        return {stem + own: t for own, t in self.format.stored(tensor).items()}
+
     def config(self, checkpoint: Checkpoint, dtype: torch.dtype) -> dict:
         """config.json of the export."""
         config = {k: v for k, v in checkpoint.config.items() if k not in ("torch_dtype", "dtype")}
@@ -141,10 +148,8 @@ def write_export(
     counts = {"tensors": 0, "bytes": 0, "quantised": 0, "quantised_elements": 0, "quantised_bytes": 0}
     try:
         for name, tensor, elements in plan.tensors(checkpoint, dtype):
-            stored = {name: tensor}
+            stored = plan.stored(name, tensor)
             if isinstance(tensor, QuantizedTensor):
-                stem = name.removesuffix("weight")
-                stored = {stem + own: t for own, t in plan.format.stored(tensor).items()}
                 counts["quantised"] += 1
                 counts["quantised_elements"] += elements
                 counts["quantised_bytes"] += sum(t.nbytes for t in stored.values())

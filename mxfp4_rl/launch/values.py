@@ -68,7 +68,8 @@ def check_numbers(config: Mapping[str, Any], defaults: Mapping[str, Any], copies
     for key, value, _ in sorted(_leaves(config), key=is_copy):  # a mistake is told of its origin
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
-                _check_number(key, number, _get(defaults, key), declared=_has(defaults, key))
+                declared = _get(defaults, key, _MISSING) is not _MISSING
+                _check_number(key, number, _get(defaults, key), declared)
 
 
 def check_names(config: Mapping[str, Any]) -> None:
@@ -357,17 +358,12 @@ def _suffixes(key: str) -> Iterator[str]:
     return (".".join(parts[-n:]) for n in (3, 2, 1) if n <= len(parts))
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
+_MISSING = object()
+
+
+def _get(config: Mapping[str, Any], key: str, missing: Any = None) -> Any:
     for part in key.split("."):
         if not isinstance(config, Mapping) or part not in config:
-            return None
+            return missing
         config = config[part]
     return config
-
-
-def _has(config: Mapping[str, Any], key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(config, Mapping) or part not in config:
-            return False
-        config = config[part]
-    return True
