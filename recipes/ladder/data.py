@@ -20,7 +20,7 @@ class Data:
     """The training and validation rows, each with its prompt's token ids under "ids"."""
 
     def __init__(self, options: Options, tokenizer, work: Path):
-        task = dict(options.task)
+        task, self.name = dict(options.task), options.task.get("name")
         if "name" in task:
             train, val, module, function = resolve_task(task.pop("name"), work / "tasks", **task)
         else:
@@ -30,6 +30,7 @@ class Data:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.train, self.val = (pyarrow.parquet.read_table(p).to_pylist() for p in (train, val))
         self.val = self.val[: options.validation]
+        self.name = self.name or self.val[0]["data_source"]  # the task's, of which sources may be parts
         for row in self.train + self.val:
             text = tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, tokenize=False)
             row["ids"] = self.ids_of(text)

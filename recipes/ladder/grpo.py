@@ -42,6 +42,7 @@ from recipes.ladder.options import MORE_TO_DO, Options, keep_steps, record_sessi
 from recipes.ladder.w8a8 import convert_to_w8a8
 
 DTYPE = torch.bfloat16
+_AFTER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/grad_norm", "timing_s/step")
 
 
@@ -74,6 +75,9 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.data = Data(self.options, tokenizer, work)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(self.device).eval()
+        scaled = [k for k in _AFTER_LOGITS if getattr(self.model.config, k, None) not in (None, 1.0)]
+        if scaled:
+            raise ValueError(f"{path}: {scaled[0]} changes the logits after the last layer, which this loop does not")
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         self.stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         # The optimiser sees FP32 masters; a hook moves each BF16 gradient there as soon as it is complete.
@@ -186,15 +190,18 @@ class Run:
         }  # fmt: skip
 
     def _log_probs(self, batch: dict, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the response tokens and the entropy there; the logits of other tokens are not computed."""
-        ids, seen, width = batch["ids"][rows], batch["seen"][rows], batch["mask"].shape[1]
+        """Log-probs of the response tokens and the entropy there (0 elsewhere); logits of other tokens are not computed."""
+        ids, seen, mask = batch["ids"][rows], batch["seen"][rows], batch["mask"][rows].bool()
+        width = mask.shape[1]
         positions = (seen.cumsum(-1) - 1).clamp_(min=0)
         inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
-        out = self.model(**inputs, use_cache=False, logits_to_keep=width + 1)
-        logp = (out.logits[:, :-1].float() / self.options.temperature).log_softmax(-1)
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, -width - 1 : -1]
+        all_logp = (self.model.get_output_embeddings()(hidden[mask]).float() / self.options.temperature).log_softmax(-1)
         with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(-1, ids[:, -width:, None]).squeeze(-1), entropy
+            entropies = -(all_logp.exp() * all_logp).sum(-1)
+        chosen = all_logp.gather(-1, ids[:, -width:][mask].unsqueeze(-1)).squeeze(-1)
+        logp, entropy = torch.zeros(2, *mask.shape, device=ids.device)
+        return logp.masked_scatter(mask, chosen), entropy.masked_scatter(mask, entropies)
 
     def _backward(self, batch: dict, mini: torch.Tensor, sums: dict) -> None:
         """Gradients of a mini-batch into the masters, its metrics' sums into `sums`."""
@@ -268,7 +275,7 @@ class Run:
 
     def go(self) -> int:
         """Run to the end, or until told to stop; returns the exit code."""
-        o, accuracy = self.options, f"val-core/{self.data.val[0]['data_source']}/acc/mean@1"
+        o, accuracy = self.options, f"val-core/{self.data.name}/acc/mean@1"
         self._resume()
         try:
             if self.step == 0 and o.validate_every and not self.stop.is_set():
@@ -293,8 +300,8 @@ class Run:
             with unquantised(self.model):
                 plain = self.validate()
             self._log(o.steps, {accuracy: fmean(scores), "ladder/val_unquantised": fmean(plain)})
-            problems = [row["prompt"][-1]["content"] for row in self.data.val]
-            result = {"scores": scores, "scores_unquantised": plain, "problems": problems}
+            problems, sources = zip(*((row["prompt"][-1]["content"], row["data_source"]) for row in self.data.val))
+            result = {"scores": scores, "scores_unquantised": plain, "problems": problems, "sources": sources}
         except FloatingPointError as error:  # a result too: this run's training diverged
             result = {"diverged": self.step + 1, "why": str(error)}
         self._heartbeat()

@@ -176,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs")
     parser.add_argument("--rungs", nargs="+", default=["ladder"], help=f"names, groups ({', '.join(GROUPS)}) or all")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, exclusive")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="of them; another machine may do the others")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that the processes take in turns")
     parser.add_argument("--time-limit", type=float, help="seconds after which runs end with a checkpoint")
@@ -191,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
         if a.list:
             print(json.dumps({"options": vars(options), "rungs": {r.name: r.label for r in rungs}}, indent=1))
             return 0
-        runner = Runner(a.out, options, [(rung, seed) for seed in range(a.seeds) for rung in rungs], a.jobs, a.gpus)
+        seeds = range(a.first_seed, a.first_seed + a.seeds)
+        runner = Runner(a.out, options, [(rung, seed) for seed in seeds for rung in rungs], a.jobs, a.gpus)
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, runner.stop)
