@@ -9,31 +9,35 @@ import torch
 
 def merges(x: torch.Tensor, axis: int) -> bool:
     """Whether the axes other than `axis` are one axis of a constant stride."""
-    lead = [(n, s) for n, s in zip(x.movedim(axis, -1).shape[:-1], x.movedim(axis, -1).stride()[:-1]) if n != 1]
+    sizes, strides = list(x.shape), list(x.stride())  # on Python numbers: a launch of a small layer waits for this
+    del sizes[axis], strides[axis]
+    lead = [(n, s) for n, s in zip(sizes, strides) if n != 1]
     return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(lead))
 
 
 def matrices(x: torch.Tensor, axis: int, merged: bool) -> list[torch.Tensor]:
     """Views of x, the quantised axis last, that cover it in the order of its rows: one if the other axes merge."""
-    moved = x.movedim(axis, -1)
-    if not moved.numel():
+    length = x.shape[axis]
+    if not x.numel():
         return []
-    if moved.ndim == 1:
-        return [moved.unsqueeze(0)]
+    if x.ndim == 1:
+        return [x.unsqueeze(0)]
     if merged:
-        strides = [s for n, s in zip(moved.shape[:-1], moved.stride()[:-1]) if n != 1]
-        return [moved.as_strided((moved[..., 0].numel(), moved.shape[-1]), (strides[-1] if strides else 0, moved.stride(-1)))]
-    return [matrix for part in moved.unbind(0) for matrix in matrices(part, -1, merges(part, -1))]
+        sizes, strides = list(x.shape), list(x.stride())
+        step = strides[axis]
+        del sizes[axis], strides[axis]
+        rows = [s for n, s in zip(sizes, strides) if n != 1]
+        return [x.as_strided((x.numel() // length, length), (rows[-1] if rows else 0, step))]
+    return [matrix for part in x.movedim(axis, -1).unbind(0) for matrix in matrices(part, -1, merges(part, -1))]
 
 
 def paired(x: torch.Tensor, out: torch.Tensor, axis: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`matrices` of two tensors of one shape, cut alike: as few as both allow."""
     if not x.numel():
         return []
-    x, out = x.movedim(axis, -1), out.movedim(axis, -1)
-    if x.ndim == 1 or (merges(x, -1) and merges(out, -1)):
-        return [(matrices(x, -1, True)[0], matrices(out, -1, True)[0])]
-    return [pair for parts in zip(x, out) for pair in paired(*parts, -1)]
+    if x.ndim == 1 or (merges(x, axis) and merges(out, axis)):
+        return [(matrices(x, axis, True)[0], matrices(out, axis, True)[0])]
+    return [pair for parts in zip(x.movedim(axis, -1), out.movedim(axis, -1)) for pair in paired(*parts, -1)]
 
 
 def one_row(unit: int, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
