@@ -1,6 +1,7 @@
 """The ladder's instrument, runner and report, on the tiny model: `recipes/ladder`."""
 
 import json
+import math
 import threading
 import time
 from collections import defaultdict
@@ -235,11 +236,19 @@ def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
     text = (out / "results.md").read_text()
     scores = {rung.name: report.StoredRun.load(out / rung.name / "seed0").scores for rung, _ in runs}
     difference = scores["w4a4+mbs"].mean() - scores["bf16"].mean()
-    assert f"| BF16 | 0 | {scores['bf16'].mean():.3f} |" in text and f"| {difference:+.3f} | one seed |" in text
+    start = next(iter(json.loads(logs[0].read_text().splitlines()[0])["data"].values()))
+    assert f"| BF16 | 0 | {start:.3f} | {scores['bf16'].mean():.3f} |" in text and "not finite" not in text
+    assert f"| {difference:+.3f} | one seed |" in text
     assert "**Missing: 7 runs.**" in text and "w4a16, seed 0: not started" in text
     assert "w4a4+mbs/seed0" in text and "4.312 / 4.312" in text
     for name in ("curves", "components"):
         assert (out / f"results/ladder_{name}.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in logs[0].read_text().splitlines()]
+    for line in lines[3:5]:
+        line["data"]["actor/grad_norm"] = math.nan
+    logs[0].write_text("\n".join(map(json.dumps, lines)))
+    page = report.write_report(out, out / "left_out.md")
+    assert "gradient was not finite: bf16/seed0 2." in page.read_text()
 
 
 def test_intervals():

@@ -57,16 +57,20 @@ class Data:
         return float(score["score"] if isinstance(score, dict) else score)
 
     def tensors(self, prompts: list[list[int]], responses: list[list[int]], device) -> dict[str, torch.Tensor]:
-        """Prompts padded on the left, responses on the right: the response starts in the same column everywhere.
+        """Sequences padded on the right: a query of padding then still sees keys, without which attention's gradient is NaN.
 
         Returns:
-            "ids" and "seen" (the attention mask), over prompt and response; "mask", of the response's tokens.
+            "ids", "seen" (the attention mask) and "response" (bool), over prompt and response; "mask", of the response's tokens
+            alone, in columns from its first one.
         """
-        left, right = max(map(len, prompts)), max(map(len, responses))
-        ids = torch.full((len(prompts), left + right), self.pad_id)
-        seen = torch.zeros_like(ids)
+        width = max(len(p) + len(r) for p, r in zip(prompts, responses))
+        ids = torch.full((len(prompts), width), self.pad_id)
+        seen, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        mask = torch.zeros(len(prompts), max(map(len, responses)))
         for i, (p, r) in enumerate(zip(prompts, responses)):
-            ids[i, left - len(p) : left + len(r)] = torch.tensor(p + r)
-            seen[i, left - len(p) : left + len(r)] = 1
-        batch = {"ids": ids, "seen": seen, "mask": seen[:, left:].float()}
+            ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+            seen[i, : len(p) + len(r)] = 1
+            response[i, len(p) : len(p) + len(r)] = True
+            mask[i, : len(r)] = 1
+        batch = {"ids": ids, "seen": seen, "response": response, "mask": mask}
         return {k: v.to(device) for k, v in batch.items()}

@@ -190,16 +190,16 @@ class Run:
         }  # fmt: skip
 
     def _log_probs(self, batch: dict, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the response tokens and the entropy there (0 elsewhere); logits of other tokens are not computed."""
-        ids, seen, mask = batch["ids"][rows], batch["seen"][rows], batch["mask"][rows].bool()
-        width = mask.shape[1]
-        positions = (seen.cumsum(-1) - 1).clamp_(min=0)
-        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, -width - 1 : -1]
-        all_logp = (self.model.get_output_embeddings()(hidden[mask]).float() / self.options.temperature).log_softmax(-1)
+        """Log-probs of the response tokens and the entropy there (else 0); logits of other tokens are not computed."""
+        ids, seen, mask, response = (batch[k][rows] for k in ("ids", "seen", "mask", "response"))
+        width, mask = int(seen.sum(-1).max()), mask.bool()  # columns that only other rows fill are left out
+        ids, response = ids[:, :width], response[:, 1:width]  # a token is predicted one column before its own
+        hidden = self.model.base_model(input_ids=ids, attention_mask=seen[:, :width], use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][response])
+        all_logp = (logits.float() / self.options.temperature).log_softmax(-1)
         with torch.no_grad():
             entropies = -(all_logp.exp() * all_logp).sum(-1)
-        chosen = all_logp.gather(-1, ids[:, -width:][mask].unsqueeze(-1)).squeeze(-1)
+        chosen = all_logp.gather(-1, ids[:, 1:][response].unsqueeze(-1)).squeeze(-1)
         logp, entropy = torch.zeros(2, *mask.shape, device=ids.device)
         return logp.masked_scatter(mask, chosen), entropy.masked_scatter(mask, entropies)
 

@@ -74,6 +74,16 @@ class StoredRun:
             return f"at step {step} of {self.config['options']['steps']}"
         return f"diverged at step {self.result['diverged']}: {self.result['why']}" if "diverged" in self.result else "done"
 
+    def start(self) -> float | None:
+        """Accuracy before the first step, as the final one; None if it was not measured."""
+        for metric in (self.log.validation_metrics() if self.log else {}).values():
+            return self.log.records.get(0, {}).get(metric)
+        return None
+
+    def steps_left_out(self) -> int:
+        """Steps without an update, because the gradient was not finite."""
+        return int(np.sum(~np.isfinite(self.log.series("actor/grad_norm")[1]))) if self.log else 0
+
     def seconds_a_step(self) -> list[float]:
         """Of the steps after the first that measure nothing beside training."""
         every = self.config["options"]["measure_every"]
@@ -180,7 +190,15 @@ def _row(name: str, runs: list[StoredRun], baseline: list[StoredRun]) -> list[st
             student = student_interval(d)
             numbers[1:4] = f"{d.mean():+.3f}", _interval(student) if student else "one seed", _interval(bootstrap_interval(d))
     seeds = ", ".join(str(run.seed) for run in ended) or "none at its end"
-    return [runs[0].config["label"], seeds, *numbers, f"{weight} / {activation}", timing]
+    starts = [start for run in runs if (start := run.start()) is not None]
+    return [
+        runs[0].config["label"],
+        seeds,
+        f"{np.mean(starts):.3f}" if starts else "",
+        *numbers,
+        f"{weight} / {activation}",
+        timing,
+    ]
 
 
 def _interval(ends: tuple[float, float]) -> str:
@@ -229,15 +247,8 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     ]  # fmt: skip
     lines += [f"**Missing: {len(missing)} runs.** Numbers below are of those that are at their end.", ""] if missing else []
     lines += [f"* {line}" for line in missing] + [""] * bool(missing)
-    header = [
-        "rung",
-        "seeds",
-        "final accuracy ± sd over seeds",
-        "minus BF16",
-        "90 % over seeds",
-        "90 % over seeds and problems",
-    ]
-    header += ["accuracy without quantiser", "bits W / A", "s a step"]
+    header = ["rung", "seeds", "accuracy at step 0", "final accuracy ± sd over seeds", "minus BF16", "90 % over seeds"]
+    header += ["90 % over seeds and problems", "accuracy without quantiser", "bits W / A", "s a step"]
     rows = [_row(name, by_rung[name], baseline) for name in rungs if name in by_rung]
     lines += ["## Final validation", "", *_table(header, rows), ""]
     shared = max((s["jobs"] for run in everything for s in run.sessions), default=1)
@@ -246,6 +257,9 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
         "(Student's t over seeds; bootstrap of seeds and problems, "
         f"{RESAMPLES} resamples). Seconds: median of steps that only train, up to {shared} runs at once on the device.", "",
     ]  # fmt: skip
+    left_out = [f"{r.config['rung']}/seed{r.seed} {r.steps_left_out()}" for r in everything if r.steps_left_out()]
+    if left_out:
+        lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
     figures = page.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     for group, members in {**GROUPS, "other": []}.items():

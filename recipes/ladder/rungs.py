@@ -76,7 +76,7 @@ RUNGS = {rung.name: rung for group in GROUPS.values() for rung in group}
 PRESETS: dict[str, dict[str, Any]] = {  # options of `grpo.py` other than its defaults
     "gpu": {  # the supervised start makes replies bare numbers, three tokens long
         "task": {"name": "word_problems", "levels": [1, 2, 3], "val_size": 5000},
-        "warmup_steps": 100, "warmup_lr": 5e-5, "steps": 150, "validate_every": 50, "checkpoint_every": 50,
+        "warmup_steps": 60, "warmup_lr": 5e-5, "steps": 200, "micro_batch": 64, "validate_every": 50, "checkpoint_every": 50,
     },
     "two-digit": {  # too hard for SmolLM2-135M without a supervised start
         "task": {"name": "arithmetic", "ops": ["+", "-"], "ranges": {"+": [10, 99], "-": [10, 99]}, "val_size": 512},
