@@ -130,7 +130,6 @@ def start(model, tmp_path):
     ("victim", "message", "seconds"),
     [
         ("ray::MXFP4Server", "the rollout server died (MXFP4Server, process {pid} on node", 60),
-        ("ray::AgentLoopWorker", "the agent loop worker died (AgentLoopWorkerTQ, process {pid} on node", 60),
     ],
 )
 def test_a_killed_process_ends_the_run_which_names_it(victim, message, seconds, start):
