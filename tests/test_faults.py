@@ -5,6 +5,7 @@ checkpoint is there (a minute each, slow). Real Ray actors named like verl's, ki
 line with a stand-in for verl (a second each).
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -14,7 +15,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import types
 
 import psutil
 import pytest
@@ -510,6 +513,50 @@ def test_numbers_are_rewards(value):
 
     assert is_reward(torch.tensor(0.5) if value == "torch" else value)
     assert not any(map(is_reward, (None, "1", b"1", [1, 2], {}, math.nan, -math.inf, torch.tensor([1.0, 2.0]))))
+
+
+def test_a_samples_time_begins_with_its_turn_and_hanging_ones_block_nobody(monkeypatch, capsys):
+    from omegaconf import OmegaConf
+    from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+    from mxfp4_rl.verl_plugin import rewards
+
+    monkeypatch.setattr(rewards, "AT_ONCE", 2)
+    over = threading.Event()
+
+    class Manager(RewardManagerBase):
+        def __init__(self, config, loop):
+            self.loop = loop
+
+        async def run_single(self, data):
+            return {"reward_score": await self.loop.run_in_executor(None, data[0].call)}
+
+    def sample(call):
+        return [types.SimpleNamespace(non_tensor_batch={"data_source": "task"}, call=call)]
+
+    async def all_of(calls):
+        settings = OmegaConf.create({"mxfp4": {"guards": {"reward_timeout_s": 1.0}}})
+        manager = rewards.guarded(Manager)(settings, asyncio.get_running_loop())
+        return await asyncio.gather(*(manager.run_single(sample(call)) for call in calls), return_exceptions=True)
+
+    def slow():  # 40 of them take 2 s, two at once
+        time.sleep(0.1)
+        return 1.0
+
+    try:
+        found = asyncio.run(all_of([slow] * 40))
+        assert found == [{"reward_score": 1.0}] * 40
+
+        async def with_hanging():
+            found = await all_of([over.wait] * 5 + [slow] * 4)
+            over.set()  # the loop waits for its threads when it closes
+            return found
+
+        found = asyncio.run(with_hanging())
+        assert all(isinstance(each, rewards.RewardError) and "reward_timeout_s=1 " in f"{each} " for each in found[:5])
+        assert found[5:] == [{"reward_score": 1.0}] * 4
+    finally:
+        over.set()
 
 
 def test_every_reward_manager_of_verl_has_a_guarded_twin():

@@ -5,13 +5,19 @@ of its reward managers gets a guarded twin, registered as `GUARDED_PREFIX` + its
 `mxfp4.guards.reward_timeout_s`, or is no finite number, fails like one whose reward function raised, and the log has an alarm
 that says which. `guards.py` ends a run of which too many samples fail.
 
+verl calls a reward function that is no coroutine in a thread of its event loop. A sample's time begins when it is its turn for
+one, and a thread that is past its time is not waited for: others take its place.
+
 A function that holds Python's lock (a regular expression that backtracks for ever) stops the whole reward worker, time limit
 included: `mxfp4.guards.stall_s` then ends the run.
 """
 
 import asyncio
+import contextlib
 import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
@@ -20,6 +26,8 @@ from mxfp4_rl.launch.failure import ALARM_MARK
 from mxfp4_rl.settings import Settings
 
 GUARDED_PREFIX = "mxfp4_guarded_"
+AT_ONCE = min(32, (os.cpu_count() or 1) + 4)  # calls in threads: as many as an event loop has of its own
+OVERDUE = 1024  # threads that may hang beside them
 ALARMS = 20  # lines a reward worker prints at most: a function that always raises would fill the log
 
 
@@ -35,8 +43,17 @@ def guarded(manager: type) -> type:
             super().__init__(config, *args, **kwargs)
             self._timeout = Settings.from_config(config.get("mxfp4")).guards.reward_timeout_s
             self._alarms = 0
+            if getattr(self, "is_async_reward_score", False):
+                self._turn = contextlib.nullcontext()  # coroutines take no threads
+            else:
+                self._turn = asyncio.Semaphore(len(getattr(self, "reward_worker", ())) or AT_ONCE)  # "remote" has processes
+                self.loop.set_default_executor(ThreadPoolExecutor(AT_ONCE + OVERDUE, thread_name_prefix="reward"))
 
         async def run_single(self, data) -> dict:
+            async with self._turn:
+                return await self._timed(data)
+
+        async def _timed(self, data) -> dict:
             source = data[-1].non_tensor_batch.get("data_source")
             began = time.monotonic()
             try:
