@@ -47,9 +47,9 @@ def tiny(family, **changed):
     return model
 
 
-def experts_of(family, dtype=torch.float32):
-    sizes = dict(hidden_size=H, intermediate_size=INNER, moe_intermediate_size=INNER, num_experts=E, num_local_experts=E)
-    model = tiny(family, num_hidden_layers=1, num_attention_heads=2, head_dim=36, **sizes)
+def experts_of(family, dtype=torch.float32, hidden=H, inner=INNER):
+    sizes = dict(hidden_size=hidden, intermediate_size=inner, moe_intermediate_size=inner, num_experts=E, num_local_experts=E)
+    model = tiny(family, num_hidden_layers=1, num_attention_heads=2, head_dim=hidden // 2, **sizes)
     return model.model.layers[0].mlp.experts.to(dtype)
 
 
