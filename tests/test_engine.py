@@ -153,15 +153,15 @@ def test_experts_cut_between_ranks_are_shipped_as_they_are_multiplied(tmp_path):
     from mxfp4_rl.tasks.tiny_model import make_tiny_model
 
     path = make_tiny_model(tmp_path / "model", seed=0, architecture="qwen3_moe", intermediate=72)
-    errors, layers = _run(2, path, tmp_path)
+    errors, layers = _run(3, path, tmp_path)  # of four experts two, two and none
     assert layers == 2 * (4 + 2) - 1
     pooled = pool(errors)
     for layer in range(2):
         sums = pooled[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-        assert sums["tokens"].sum() == 2 * 24 * 2  # ranks, tokens, experts a token: none twice for the checkpointed forward
+        assert sums["tokens"].sum() == 3 * 24 * 2  # ranks, tokens, experts a token: none twice for the checkpointed forward
         assert sums["weight"].elements == (sums["tokens"] > 0).sum() * 144 * 64
     metrics = error_metrics(pooled)
-    assert metrics["mxfp4_layers/model.layers.0.mlp.experts.down_proj/tokens_mean"] == 24
+    assert metrics["mxfp4_layers/model.layers.0.mlp.experts.down_proj/tokens_mean"] == 36
 
 
 def test_switched_off_the_engine_is_verls():
