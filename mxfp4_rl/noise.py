@@ -20,6 +20,8 @@ import torch
 
 from mxfp4_rl.recipe import RecipeError
 
+_BEFORE_ROUTER = "post_attention_layernorm"  # in Qwen's, Mixtral's, OLMoE's and gpt-oss's layers
+
 
 @dataclass(frozen=True)
 class AQNSchedule:
@@ -77,20 +79,29 @@ def noise_targets(model: torch.nn.Module) -> list[str]:
     (`post_attention_layernorm`) feeds it directly, so models with routers keep that norm clean.
 
     Raises:
-        RecipeError: the model has no such norm, so that AQN would silently do nothing.
+        RecipeError: the model has no such norm, so that AQN would silently do nothing; or it has experts, and none of its norms
+            is known to feed their router (families with a norm of their own before the MLP).
     """
-    has_router = any(_is_router(name) for name, _ in model.named_modules())
-    names = [
-        f"{name}.weight"
+    has_router = any(_tells_of_router(name) for name, _ in model.named_modules())
+    norms = [
+        name
         for name, module in model.named_modules()
         if "rmsnorm" in type(module).__name__.lower()
         and isinstance(getattr(module, "weight", None), torch.nn.Parameter)  # vLLM's norms without one have a plain tensor
-        and not (has_router and name.endswith("post_attention_layernorm"))
     ]
-    if not names:
+    if not norms:
         raise RecipeError(f"aqn: {type(model).__name__} has no RMSNorm to add noise to; set mxfp4.aqn.enable=false")
-    return names
+    if not has_router:
+        return [f"{name}.weight" for name in norms]
+    feeding = [name for name in norms if name.endswith(_BEFORE_ROUTER)]
+    others = [name for name in norms if name.rsplit(".", 1)[-1].startswith("pre_")]
+    if not feeding or others:
+        raise RecipeError(
+            f"aqn: which norms feed the routers of {type(model).__name__} is not known (it has {(others or norms)[0]}), and a "
+            "router's input must stay clean; set mxfp4.aqn.enable=false"
+        )
+    return [f"{name}.weight" for name in norms if name not in feeding]
 
 
-def _is_router(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("gate", "router")
+def _tells_of_router(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("gate", "router", "experts")  # what a router is called varies, where there are experts

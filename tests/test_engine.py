@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 RECIPE = {
     "macro_block": "static",
     "fallback_alpha": 0.5,
-    "overrides": {"down_proj": {"macro_block": "dynamic"}},
+    "overrides": {"down_proj": {"macro_block": "dynamic"}},  # of an MLP, or of experts
     "exclude": ["re:layers\\.1\\.self_attn\\.o_proj"],
 }
 
@@ -112,21 +112,23 @@ def _worker(rank, world, port, path, out):
     torch.distributed.destroy_process_group()
 
 
+def _run(world, path, out):
+    """What `_worker` left: the errors of every rank, and the number of quantised layers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, args=(world, port, path, str(out)), nprocs=world)
+    with open(out / f"errors-{world}.pkl", "rb") as file:
+        return pickle.load(file)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     from mxfp4_rl.tasks.tiny_model import make_tiny_model
 
     out = tmp_path_factory.mktemp("engine")
     path = make_tiny_model(out / "model", seed=0, tie_word_embeddings=True)
-    loaded = {}
-    for world in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        mp.spawn(_worker, args=(world, port, path, str(out)), nprocs=world)
-        with open(out / f"errors-{world}.pkl", "rb") as file:
-            loaded[world] = pickle.load(file)
-    return loaded
+    return {world: _run(world, path, out) for world in (1, 2)}
 
 
 def test_rollout_operands_equal_the_actors_bit_for_bit(results):
@@ -144,6 +146,22 @@ def test_errors_pooled_over_ranks_are_those_of_the_whole_model(results):
     for name in ("scale_bias", "deadzone", "grid_noise", "fallback", "rel_mse", "deadzone_fraction"):
         # the optimiser's steps differ in the last bits between one and two ranks, the initial weights do not
         assert metrics[2][f"mxfp4/{name}"] == pytest.approx(metrics[1][f"mxfp4/{name}"], rel=2e-2)
+
+
+def test_experts_cut_between_ranks_are_shipped_as_they_are_multiplied(tmp_path):
+    from mxfp4_rl.monitor.components import error_metrics, pool
+    from mxfp4_rl.tasks.tiny_model import make_tiny_model
+
+    path = make_tiny_model(tmp_path / "model", seed=0, architecture="qwen3_moe", intermediate=72)
+    errors, layers = _run(3, path, tmp_path)  # of four experts two, two and none
+    assert layers == 2 * (4 + 2) - 1
+    pooled = pool(errors)
+    for layer in range(2):
+        sums = pooled[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+        assert sums["tokens"].sum() == 3 * 24 * 2  # ranks, tokens, experts a token: none twice for the checkpointed forward
+        assert sums["weight"].elements == (sums["tokens"] > 0).sum() * 144 * 64
+    metrics = error_metrics(pooled)
+    assert metrics["mxfp4_layers/model.layers.0.mlp.experts.down_proj/tokens_mean"] == 36
 
 
 def test_switched_off_the_engine_is_verls():

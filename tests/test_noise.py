@@ -67,6 +67,15 @@ def test_the_norm_that_feeds_a_router_stays_clean():
     assert not any("post_attention_layernorm" in name for name in targets)
 
 
+@pytest.mark.parametrize("norm", ["ffn_norm", "post_attention_layernorm"])
+def test_experts_behind_an_unknown_norm_are_refused(norm):
+    layer = nn.ModuleDict({norm: nn.RMSNorm(4), "gate": nn.Linear(4, 2)})
+    if norm == "post_attention_layernorm":  # of the attention's output, in the families that have both
+        layer["pre_mlp_layernorm"] = nn.RMSNorm(4)
+    with pytest.raises(RecipeError, match="which norms feed the routers of ModuleDict is not known"):
+        noise_targets(layer)
+
+
 def test_norms_without_a_weight_of_their_own_are_no_targets():
     class RMSNorm(torch.nn.Module):
         def __init__(self, weight):

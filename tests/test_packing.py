@@ -1,5 +1,6 @@
 """Weights that FSDP2 has cut, packed where they lie: two processes over gloo."""
 
+import itertools
 import os
 import socket
 
@@ -36,6 +37,15 @@ def _worker(rank: int, world: int, port: int, rows: int):
         assert packed.tensors().keys() == expected.tensors().keys()
         for name, tensor in expected.tensors().items():
             assert torch.equal(packed.tensors()[name], tensor), f"{words}: {name}"
+    experts = torch.nn.Module()  # cut between experts; contracted along either of the other axes
+    experts.weight = torch.nn.Parameter(torch.randn(rows, 40, 72, generator=torch.Generator().manual_seed(0)))
+    whole_experts = experts.weight.detach().clone()
+    fully_shard(experts, mesh=init_device_mesh("cpu", (world,)))
+    for words, axis in itertools.product(WORDS, (-1, -2)):
+        recipe = QuantRecipe.parse(words)
+        packed = pack(experts.weight, recipe, torch.bfloat16, axis).dequantize()
+        for own, matrix in zip(packed, whole_experts.bfloat16(), strict=True):
+            assert torch.equal(own, quantize(matrix, recipe, axis).dequantize()), f"{words} along {axis}"
     replicas = torch.nn.Linear(200, rows, bias=False)  # every rank holds all rows, as over the nodes of HSDP
     replicas.weight.data.copy_(whole)
     fully_shard(replicas, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))

@@ -195,3 +195,44 @@ def test_a_resumed_run_goes_on_where_it_stopped_and_names_another_recipe(model, 
     assert "another recipe than this run's" in (run_dir / "verl.log").read_text()
     stored = [json.loads((run_dir / f"checkpoints/global_step_{s}/mxfp4_recipe.json").read_text()) for s in (1, 2)]
     assert [recipe["weight"]["fallback_alpha"] for recipe in stored] == [0.5, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enable", [True, False])
+def test_two_steps_of_a_mixture_of_experts(enable, tmp_path):
+    run_dir = tmp_path / "run"
+    moe = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
+    result = subprocess.run(
+        command(
+            moe,
+            run_dir,
+            f"mxfp4.enable={str(enable).lower()}",
+            "actor_rollout_ref.actor.entropy_coeff=0.1",  # a gradient, though a fresh model earns no reward
+            "actor_rollout_ref.actor.optim.lr=1e-3",
+            "trainer.total_training_steps=2",
+            "trainer.test_freq=-1",
+            "trainer.val_before_train=false",
+            "trainer.save_freq=2",
+        ),
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    log = (run_dir / "verl.log").read_text() if (run_dir / "verl.log").exists() else ""
+    assert result.returncode == 0, result.stdout + result.stderr + log[-6000:]
+    run = RunLog.load(run_dir)
+    assert all(math.isfinite(v) and v > 0 for v in run.series("actor/grad_norm")[1])
+    assert all(abs(v) < (0.05 if enable else 0.01) for v in run.series("rollout_corr/k3_kl")[1])
+    layer = "mxfp4_layers/model.layers.0.mlp.experts.down_proj"
+    if not enable:
+        assert not [n for n in run.names() if n.startswith("mxfp4_layers/")]
+        return
+    assert "8 Linear layers and 4 fused tensors of experts quantised" in log
+    assert "8 layers multiply dequantised weights" in log and "4 layers multiply dequantised weights of experts" in log
+    assert len([n for n in run.names() if n.startswith("mxfp4_layers/")]) == 12 * 5 + 4 * 4
+    assert all(0 < v < 1 for v in run.series(f"{layer}/rel_mse")[1])
+    assert all(v > 0 for v in run.series(f"{layer}/tokens_mean")[1])
+    assert (run_dir / "report" / "report.html").stat().st_size > 50_000
+    assert list((run_dir / "checkpoints" / "global_step_2").rglob("*.pt"))

@@ -87,7 +87,7 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mxfp4_rl.nn import plan
+    from mxfp4_rl.nn import fused_experts, plan
 
     path = config.actor_rollout_ref.model.path
     if path.startswith("hdfs://"):
@@ -104,6 +104,11 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
         report = plan(model, settings.recipe)
     except RecipeError as error:
         raise LaunchError(f"mxfp4.recipe does not fit {path}: {error}") from error
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT and (experts := fused_experts(model)):
+        raise LaunchError(
+            f"{path} keeps its experts in fused tensors ({experts[0]}), which MXFP4 in vLLM does not reach yet: use "
+            "actor_rollout_ref.rollout.name=mxfp4_hf, or a dense model"
+        )
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
         _check_tensor_parallel(config.actor_rollout_ref.rollout.tensor_model_parallel_size, model, report.converted)
     return report.describe().splitlines()[0]

@@ -2,17 +2,20 @@
 
 Weights are measured as they are at the end of the step; activations and gradients while they pass. Per layer at most
 `max_rows` evenly spaced rows (tokens) are measured: the energies are ratios of sums, which a sample of 64 rows a layer
-estimates closely at a small part of the cost.
+estimates closely at a small part of the cost. Of fused experts those count that got tokens while they were measured.
 """
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
-from mxfp4_rl.nn import converted_layers
+from mxfp4_rl.nn import ExpertsProjection, converted_layers
 from mxfp4_rl.nn.linear import LayerStats, spaced_rows
+from mxfp4_rl.nn.operand import looks_at_other_rows
 from mxfp4_rl.quant import ErrorStats, error_stats
 
-LayerErrors = dict[str, dict[str, ErrorStats]]  # layer name -> operand ("weight", "activation", "grad") -> sums
+# Layer name -> operand ("weight", "activation", "grad") -> sums; of fused experts also "tokens" -> int64 (E,), their counts.
+LayerErrors = dict[str, dict[str, ErrorStats | torch.Tensor]]
 
 _PREFIX = {"weight": "mxfp4", "activation": "mxfp4/activation", "grad": "mxfp4/grad"}
 _SHARE_PREFIX = {"weight": "mxfp4_share", "activation": "mxfp4_share/activation", "grad": "mxfp4_share/grad"}
@@ -30,14 +33,39 @@ def collect_errors(model: nn.Module, max_rows: int | None, dtype: torch.dtype) -
     """Stop measuring; returns the sums, with those of the weights' local rows, cast to `dtype` as the forward does."""
     errors: LayerErrors = {}
     for name, layer in converted_layers(model).items():
-        sums = dict(layer.stats.sums) if layer.stats is not None else {}
-        layer.stats = None
+        stats, layer.stats = layer.stats, None
+        sums = dict(stats.sums) if stats is not None else {}
+        if stats is not None and stats.tokens is not None:
+            sums["tokens"] = stats.tokens.cpu()
         if layer.recipe.weight is not None:
             weight = layer.weight.detach()
-            weight = weight.to_local() if hasattr(weight, "to_local") else weight
-            sums["weight"] = error_stats(spaced_rows(weight, max_rows, layer.recipe.weight).to(dtype), layer.recipe.weight)
+            if isinstance(layer, ExpertsProjection):
+                sums["weight"] = _experts_error(layer, weight, None if stats is None else stats.tokens, max_rows, dtype)
+            else:
+                weight = weight.to_local() if hasattr(weight, "to_local") else weight
+                sums["weight"] = error_stats(spaced_rows(weight, max_rows, layer.recipe.weight).to(dtype), layer.recipe.weight)
         errors[name] = sums
     return errors
+
+
+def _experts_error(layer: ExpertsProjection, weight, tokens, max_rows: int | None, dtype: torch.dtype) -> ErrorStats:
+    """Of the weights of the experts that got tokens, on this rank those that it holds; of all where nothing was measured."""
+    recipe = layer.recipe.weight
+    visited = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+    if tokens is not None:
+        visited = tokens > 0
+    if isinstance(weight, DTensor):  # cut between experts, like the numbers of their tokens on all ranks together
+        mesh, placements = weight.device_mesh, weight.placements
+        if tokens is not None:
+            visited = DTensor.from_local(tokens, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor() > 0
+        visited = distribute_tensor(visited, mesh, placements, src_data_rank=None).to_local()
+        weight = weight.to_local()
+    own = weight.transpose(1, 2) if layer.axis == -2 else weight
+    own = own[visited.to(own.device)]
+    if not looks_at_other_rows(recipe):
+        own = own.flatten(0, 1).unsqueeze(0)
+    rows = None if max_rows is None else max(1, max_rows // max(1, len(own)))
+    return sum((error_stats(spaced_rows(matrix, rows, recipe).to(dtype), recipe) for matrix in own), ErrorStats())
 
 
 def pool(errors: list[LayerErrors]) -> LayerErrors:
@@ -47,12 +75,15 @@ def pool(errors: list[LayerErrors]) -> LayerErrors:
         for name, sums in one.items():
             into = pooled.setdefault(name, {})
             for operand, stats in sums.items():
-                into[operand] = into.get(operand, ErrorStats()) + stats
+                into[operand] = into[operand] + stats if operand in into else stats
     return pooled
 
 
 def error_metrics(errors: LayerErrors, layers: bool = True) -> dict[str, float]:
-    """The step's metrics: `mxfp4/...` and `mxfp4_share/...` over all layers, `mxfp4_layers/<name>/...` of the weights."""
+    """The step's metrics: `mxfp4/...` and `mxfp4_share/...` over all layers, `mxfp4_layers/<name>/...` of the weights.
+
+    And the tokens an expert got, `mxfp4_layers/<name>/tokens_...`, with the experts that got none.
+    """
     metrics: dict[str, float] = {}
     for operand, prefix in _PREFIX.items():
         total = sum((sums[operand] for sums in errors.values() if operand in sums), ErrorStats())
@@ -62,4 +93,15 @@ def error_metrics(errors: LayerErrors, layers: bool = True) -> dict[str, float]:
         for name, sums in errors.items():
             values = sums["weight"].metrics() if "weight" in sums else {}
             metrics |= {f"mxfp4_layers/{name}/{k}": values[k] for k in _PER_LAYER if k in values}
+            if "tokens" in sums:
+                metrics |= {f"mxfp4_layers/{name}/{k}": v for k, v in _token_metrics(sums["tokens"]).items()}
     return metrics
+
+
+def _token_metrics(tokens: torch.Tensor) -> dict[str, float]:
+    return {
+        "tokens_min": float(tokens.min()),
+        "tokens_mean": float(tokens.double().mean()),
+        "tokens_max": float(tokens.max()),
+        "tokens_none": float((tokens == 0).sum()),
+    }

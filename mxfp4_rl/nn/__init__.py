@@ -5,21 +5,27 @@ from mxfp4_rl.nn.convert import (
     convert,
     convert_for_rollout,
     converted_layers,
+    fused_experts,
     matches,
     plan,
     release_operands,
     unconvert,
 )
+from mxfp4_rl.nn.experts import ExpertsProjection, MXFP4Experts, PackedProjection
 from mxfp4_rl.nn.linear import MXFP4Linear
 from mxfp4_rl.nn.packed import PackedLinear
 
 __all__ = [
     "ConversionReport",
+    "ExpertsProjection",
+    "MXFP4Experts",
     "MXFP4Linear",
     "PackedLinear",
+    "PackedProjection",
     "convert",
     "convert_for_rollout",
     "converted_layers",
+    "fused_experts",
     "matches",
     "plan",
     "release_operands",

@@ -1,11 +1,13 @@
-"""Convert a model: which Linear layers become MXFP4Linear, by name, with a report of what matched.
+"""Convert a model: which Linear layers become MXFP4Linear and which fused experts MXFP4Experts, with a report of what matched.
 
-lm_head (and whatever else the model calls its output embedding), embeddings, routers and norms are never converted: the
-paper's tensor counts leave exactly these out, and quantising them breaks models.
+Layers are known by name; a fused tensor of experts is a layer, by the name of its parameter. lm_head (and whatever else the
+model calls its output embedding), embeddings, routers and norms are never converted: the paper's tensor counts leave exactly
+these out, and quantising them breaks models.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from mxfp4_rl.nn import fp8
+from mxfp4_rl.nn.experts import UNQUANTIZED, ExpertsProjection, MXFP4Experts, check_layout, fused_parameters
 from mxfp4_rl.nn.linear import MXFP4Linear
 from mxfp4_rl.nn.packed import PackedLinear
 from mxfp4_rl.quant import backend_for
@@ -28,13 +31,15 @@ class ConversionReport:
     """What `convert` did, or what `plan` would do.
 
     Attributes:
-        converted: layer name -> ModelRecipe of that layer.
+        converted: layer name -> ModelRecipe of that layer. Those of fused experts are names of parameters.
+        experts: name of a converted layer of fused experts -> how many experts it has.
         skipped: layer name -> why it was left alone.
         sizes: layer name -> elements of its weight; elements: their sum; total: all parameters of the model.
         by_pattern: how many layers each override and exclude pattern matched.
     """
 
     converted: dict[str, ModelRecipe] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     total: int = 0
@@ -46,10 +51,13 @@ class ConversionReport:
 
     def describe(self) -> str:
         """A few lines for the log: counts by kind of layer, what was skipped, and the share of the parameters."""
-        kinds = Counter(name.rsplit(".", 1)[-1] for name in self.converted)
+        kinds = Counter(name.rsplit(".", 1)[-1] for name in self.converted if name not in self.experts)
+        fused = Counter(f"{name.rsplit('.', 1)[-1]} of {count} experts" for name, count in self.experts.items())
         recipes = Counter(recipe.describe() for recipe in self.converted.values())
+        counted = [f"{kinds.total()} Linear layers"] if kinds or not fused else []
+        counted += [f"{fused.total()} fused tensors of experts"] if fused else []
         lines = [
-            f"{len(self.converted)} Linear layers quantised ({', '.join(f'{n} {k}' for k, n in kinds.items())}), "
+            f"{' and '.join(counted)} quantised ({', '.join(f'{n} {k}' for k, n in [*kinds.items(), *fused.items()])}), "
             f"{self.elements / 1e6:.1f} M of {self.total / 1e6:.1f} M parameters"
         ]
         lines += [f"{n} with {recipe}" for recipe, n in recipes.items()]
@@ -85,46 +93,36 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
 
     Raises:
         RecipeError: no layer would be converted, an override or exclude pattern matches nothing, or the model has experts in
-            fused tensors.
+            fused tensors of an unknown layout.
     """
     report = ConversionReport(total=sum(p.numel() for p in model.parameters()))
     report.by_pattern = dict.fromkeys((*recipe.overrides, *recipe.exclude), 0)
-    experts = [
-        f"{name}.{own}" if name else own
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for own, p in module.named_parameters(recurse=False)
-        if p.ndim >= 3  # whatever the family calls them: only convolutions have other weights of three axes
-    ]
-    if experts:
-        raise RecipeError(
-            f"{type(model).__name__} keeps its experts in fused tensors ({experts[0]}), which MXFP4 does not reach yet: "
-            "they would stay unquantised; use a dense model"
-        )
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in _linears(model):
-        left_alone, overriding = why_left_alone(name, recipe)
         if type(module) not in (nn.Linear, MXFP4Linear):
             report.skipped[name] = f"of class {type(module).__name__}"
         elif module is output:
             report.skipped[name] = "output embedding"
-        elif left_alone:
-            report.skipped[name] = left_alone
-            for pattern in recipe.exclude if left_alone.startswith("excluded") else ():
-                report.by_pattern[pattern] += matches(pattern, name)
-        else:
-            own = recipe.for_layer(overriding)
+        elif (own := _decided(report, name, recipe)) is not None:
             if own.in_fp8:
                 fp8.check(own, name)
             report.converted[name] = own
             report.sizes[name] = module.weight.numel()
-            for pattern in overriding:
-                report.by_pattern[pattern] += 1
+    for name, module in _experts(model):
+        quantized = {own_name: _decided(report, own_name, recipe) for own_name in _parameter_names(name, module)}
+        if any(quantized.values()):
+            check_layout(module, name)
+        for own_name, own in quantized.items():
+            if own is not None:
+                weight = getattr(module, own_name.rsplit(".", 1)[-1])
+                # Grouped products are BF16: FP8 has the same operands, and the report is to say what runs.
+                report.converted[own_name] = dataclasses.replace(own, product="bf16")
+                report.experts[own_name], report.sizes[own_name] = len(weight), weight.numel()
     unmatched = [p for p, count in report.by_pattern.items() if not count]
     if unmatched:
         some = ", ".join([*report.converted][:3]) or "none"
         raise RecipeError(
-            f"pattern {unmatched[0]!r} of the recipe matches no Linear layer that would be quantised; "
+            f"pattern {unmatched[0]!r} of the recipe matches no Linear layer that would be quantised, and no fused experts; "
             f"layers are named like: {some}"
         )
     if not report.converted:
@@ -133,8 +131,21 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
     return report
 
 
+def _decided(report: ConversionReport, name: str, recipe: ModelRecipe) -> ModelRecipe | None:
+    """The recipe of the layer of this name; None, with the reason in the report, if it is left alone. Counts patterns."""
+    left_alone, overriding = why_left_alone(name, recipe)
+    if left_alone:
+        report.skipped[name] = left_alone
+        counted = [p for p in recipe.exclude if matches(p, name)] if left_alone.startswith("excluded") else []
+    else:
+        counted = overriding
+    for pattern in counted:
+        report.by_pattern[pattern] += 1
+    return None if left_alone else recipe.for_layer(overriding)
+
+
 def why_left_alone(name: str, recipe: ModelRecipe) -> tuple[str | None, list[str]]:
-    """Why a Linear layer of this name is not quantised, None if it is; and the override patterns that match it."""
+    """Why a layer of this name is not quantised, None if it is; and the override patterns that match it."""
     excluded = [p for p in recipe.exclude if matches(p, name)]
     if name.rsplit(".", 1)[-1] == "lm_head":
         reason = "output embedding"
@@ -148,7 +159,9 @@ def why_left_alone(name: str, recipe: ModelRecipe) -> tuple[str | None, list[str
 
 
 def convert(model: nn.Module, recipe: ModelRecipe | None = None) -> ConversionReport:
-    """Swap the model's Linear layers for MXFP4Linear, in place; parameters and their names stay.
+    """Swap the model's Linear layers for MXFP4Linear and its fused experts for MXFP4Experts, in place.
+
+    Parameters and their names stay.
 
     Raises:
         RecipeError: as `plan`; the model is then unchanged.
@@ -157,9 +170,9 @@ def convert(model: nn.Module, recipe: ModelRecipe | None = None) -> ConversionRe
 
 
 def convert_for_rollout(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
-    """As `convert`, into PackedLinear: layers without weights of their own, to be filled with `hold`.
+    """As `convert`, into PackedLinear and PackedProjection: layers without weights of their own, to be filled with `hold`.
 
-    Layers whose weights the recipe leaves unquantised become MXFP4Linear. Errors as `plan`.
+    Layers whose weights the recipe leaves unquantised become MXFP4Linear, or keep their parameter. Errors as `plan`.
     """
     return _swap(model, recipe, PackedLinear)
 
@@ -170,20 +183,31 @@ def _swap(model: nn.Module, recipe: ModelRecipe, kind: type[MXFP4Linear]) -> Con
         if name in report.converted:
             own = report.converted[name]
             (MXFP4Linear if own.weight is None else kind).swap(module, name, own)
+    for name, module in [*_experts(model)]:
+        recipes = {n.rsplit(".", 1)[-1]: report.converted.get(n) for n in _parameter_names(name, module)}
+        if recipes := {own_name: own for own_name, own in recipes.items() if own is not None}:
+            MXFP4Experts.swap(module, name, recipes, packed=kind is PackedLinear)
     return report
 
 
 def unconvert(model: nn.Module) -> int:
-    """Turn every MXFP4Linear back into nn.Linear, in place; returns how many."""
-    layers = converted_layers(model)
-    for layer in layers.values():
-        layer.unswap()
-    return len(layers)
+    """Turn every converted layer back into what it was, in place; returns how many there were."""
+    count = len(converted_layers(model))
+    for module in model.modules():
+        if isinstance(module, MXFP4Linear | MXFP4Experts):
+            module.unswap()
+    return count
 
 
-def converted_layers(model: nn.Module) -> dict[str, MXFP4Linear]:
-    """The model's MXFP4Linear layers by the name they had when converted."""
-    return {m.layer_name: m for m in model.modules() if isinstance(m, MXFP4Linear)}
+def converted_layers(model: nn.Module) -> dict[str, MXFP4Linear | ExpertsProjection]:
+    """The model's quantised layers, fused tensors of experts included, by the name they had when converted."""
+    layers: dict[str, MXFP4Linear | ExpertsProjection] = {}
+    for module in model.modules():
+        if isinstance(module, MXFP4Linear):
+            layers[module.layer_name] = module
+        elif isinstance(module, MXFP4Experts):
+            layers |= {p.layer_name: p for p in module.projections.values() if p.recipe is not UNQUANTIZED}
+    return layers
 
 
 def release_operands(model: nn.Module) -> None:
@@ -203,3 +227,18 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if fused_parameters(module):
+            yield name, module
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the model's fused tensors of experts, quantised or not."""
+    return [own_name for name, module in _experts(model) for own_name in _parameter_names(name, module)]
+
+
+def _parameter_names(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{own}" if name else own for own in fused_parameters(module)]

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mxfp4_rl.nn import fp8
 from mxfp4_rl.nn.operand import operand
+from mxfp4_rl.nn.products import ONE_WEIGHT, OneWeight, WeightPerExpert
 from mxfp4_rl.quant import ErrorStats, QuantizedTensor, error_stats, fake_quantize
 from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
 
@@ -44,40 +45,102 @@ register_optimizer_step_post_hook(_count_step)
 class QuantizedMatmul(torch.autograd.Function):
     """Y = x_hat w_hat^T and its two backward products; see the module's docstring for the operands.
 
-    x, x_hat: (..., in); w, w_hat: (out, in). x and w only carry the gradients, and serve "bf16" and "mx".
+    x, x_hat: (..., in); w, w_hat: (out, in), or (E, out, in) for the products of experts. x and w only carry the gradients,
+    and serve "bf16" and "mx".
     """
 
     @staticmethod
-    def forward(ctx, x, w, x_hat, w_hat, recipe: ModelRecipe, stats):
-        ctx.recipe, ctx.stats = recipe, stats
+    def forward(ctx, x, w, x_hat, w_hat, recipe: ModelRecipe, stats, products: OneWeight | WeightPerExpert = ONE_WEIGHT):
+        ctx.recipe, ctx.stats, ctx.products = recipe, stats, products
         ctx.weight_dtype = w.dtype
         ctx.save_for_backward(
             x_hat if recipe.wgrad == "ste" else x.detach(),
             w_hat if recipe.dgrad == "ste" else w.detach().to(w_hat.dtype),
         )
-        return nn.functional.linear(x_hat, w_hat)
+        return products.forward(x_hat, w_hat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        recipe = ctx.recipe
+        recipe, products = ctx.recipe, ctx.products
         dx = dw = None
         if ctx.needs_input_grad[0]:
             if recipe.dgrad == "mx":
-                w = operand(w, recipe.in_backward("weight"), axis=0)
-            dx = operand(g, recipe.grad, axis=-1) @ w
+                w = products.quantized_weight(w, recipe.in_backward("weight"), axis=-2)
+            dx = products.dgrad(products.quantized_rows(g, recipe.grad), w)
         if ctx.needs_input_grad[1]:
             tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if recipe.wgrad == "mx":
-                tokens_x = operand(tokens_x, recipe.in_backward("activation"), axis=0)
-            dw = (operand(tokens_g, recipe.grad, axis=0).t() @ tokens_x).to(ctx.weight_dtype)
+                tokens_x = products.quantized_columns(tokens_x, recipe.in_backward("activation"))
+            dw = products.wgrad(products.quantized_columns(tokens_g, recipe.grad), tokens_x).to(ctx.weight_dtype)
         if ctx.stats is not None:
             ctx.stats.measure("grad", g, recipe.grad)
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
-class MXFP4Linear(nn.Linear):
+class KeptOperand:
+    """What keeps a layer's weight operand from one optimiser step to the next.
+
+    The layer has a `weight` and a `recipe`, and `make_operand`, which quantises and dequantises the weight given.
+    """
+
+    weight: torch.Tensor | None
+    recipe: ModelRecipe
+    _held: dict
+    _held_key: object
+
+    def make_operand(self, w: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dequantised weight, of its own shape, in the compute dtype, quantised from the weight's bits in that dtype.
+
+        It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`. A write through
+        `weight.data` is invisible to PyTorch: call `release` (or `mxfp4_rl.nn.release_operands`) after one.
+        """
+        if self.recipe.weight is None:
+            return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
+        return self._kept("operand", dtype, self.make_operand)
+
+    def _kept(self, kind, dtype: torch.dtype, make):
+        """`make(weight in dtype)`, made once for a state of the weight; in a CUDA graph each time it is replayed."""
+        weight = self.weight
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make(weight.detach().to(dtype))
+        key = self._key(dtype)
+        if self._held_key != key:
+            self._hold({}, key)
+        if kind not in self._held:
+            self._held[kind] = _made(make, weight, dtype)
+        return self._held[kind]
+
+    def _hold(self, held, key) -> None:
+        vars(self).update(_held=held, _held_key=key)  # nn.Module's own way looks for parameters first, for 3 us
+
+    def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
+        """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
+        if self.recipe.in_fp8 and fp8.runs_on(packed.codes.device, dtype):
+            self.release()  # FP8 products have operands of another kind, made of the same bits
+        else:
+            self._hold({"operand": packed.dequantize(dtype)}, self._key(dtype))
+
+    def release(self) -> None:
+        """Forget the kept operand; the next forward quantises the weight again."""
+        self._hold({}, None)
+
+    def _key(self, dtype):
+        # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
+        # that the optimiser never touches; the count of optimiser steps covers that case.
+        weight = self.weight
+        sharded = (type(weight) is not nn.Parameter and hasattr(weight, "to_local")) or vars(self).get("gathered", False)
+        unversioned = sharded or weight.is_inference()
+        version = None if unversioned else (weight.data_ptr(), weight._version)
+        steps = _optimizer_steps if weight.requires_grad else None  # the base of LoRA adapters stays
+        return dtype, self.recipe, steps, version
+
+
+class MXFP4Linear(KeptOperand, nn.Linear):
     """`nn.Linear` with quantised operands; made by `mxfp4_rl.nn.convert`, not by its constructor.
 
     Attributes:
@@ -88,6 +151,7 @@ class MXFP4Linear(nn.Linear):
 
     recipe: ModelRecipe
     layer_name: str
+    axis = -1  # of the weight, that the forward product contracts
 
     @classmethod
     def swap(cls, linear: nn.Linear, name: str, recipe: ModelRecipe) -> None:
@@ -133,15 +197,13 @@ class MXFP4Linear(nn.Linear):
         y = fp8.matmul(tokens, weight, self.bias, self.recipe, plan, of_input, of_weight, self.stats)
         return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
-    def weight_operand(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dequantised weight (out, in) in the compute dtype, quantised from the weight's bits in that dtype.
+    @property
+    def weight_name(self) -> str:
+        """Of the parameter in the converted model."""
+        return f"{self.layer_name}.weight"
 
-        It is kept until an optimiser step, an in-place change of the weight, a state-dict load or `release`. A write through
-        `weight.data` is invisible to PyTorch: call `release` (or `mxfp4_rl.nn.release_operands`) after one.
-        """
-        if self.recipe.weight is None:
-            return self.weight.detach().to(dtype)  # nothing to keep, and under FSDP the gathered tensor is not ours to hold
-        return self._kept("operand", dtype, lambda w: operand(w, self.recipe.weight))
+    def make_operand(self, w: torch.Tensor) -> torch.Tensor:
+        return operand(w, self.recipe.weight)
 
     def weight_operands(self, plan: fp8.Plan, dtype: torch.dtype):
         """The weight for FP8 products: quantised along its inputs, for dgrad along its outputs, dequantised; kept likewise.
@@ -157,42 +219,6 @@ class MXFP4Linear(nn.Linear):
 
         return self._kept("operands", dtype, make)
 
-    def _kept(self, kind, dtype: torch.dtype, make):
-        """`make(weight in dtype)`, made once for a state of the weight; in a CUDA graph each time it is replayed."""
-        weight = self.weight
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return make(weight.detach().to(dtype))
-        key = self._key(dtype)
-        if self._held_key != key:
-            self._hold({}, key)
-        if kind not in self._held:
-            self._held[kind] = _made(make, weight, dtype)
-        return self._held[kind]
-
-    def _hold(self, held, key) -> None:
-        vars(self).update(_held=held, _held_key=key)  # nn.Module's own way looks for parameters first, for 3 us
-
-    def hold(self, packed: QuantizedTensor, dtype: torch.dtype) -> None:
-        """Keep the operand that `packed` stands for, e.g. one just shipped to the rollout, as this step's own."""
-        if self.recipe.in_fp8 and fp8.runs_on(packed.codes.device, dtype):
-            self.release()  # FP8 products have operands of another kind, made of the same bits
-        else:
-            self._hold({"operand": packed.dequantize(dtype)}, self._key(dtype))
-
-    def release(self) -> None:
-        """Forget the kept operand; the next forward quantises the weight again."""
-        self._hold({}, None)
-
-    def _key(self, dtype):
-        # A weight that FSDP gathers for the forward is another tensor than the sharded parameter, with a version counter
-        # that the optimiser never touches; the count of optimiser steps covers that case.
-        weight = self.weight
-        sharded = (type(weight) is not nn.Parameter and hasattr(weight, "to_local")) or vars(self).get("gathered", False)
-        unversioned = sharded or weight.is_inference()
-        version = None if unversioned else (weight.data_ptr(), weight._version)
-        steps = _optimizer_steps if weight.requires_grad else None  # the base of LoRA adapters stays
-        return dtype, self.recipe, steps, version
-
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.release()
@@ -207,6 +233,12 @@ class LayerStats:
     def __init__(self, max_rows: int | None):
         self.max_rows = max_rows
         self.sums: dict[str, ErrorStats] = {}
+        self.tokens: torch.Tensor | None = None  # of every expert, int64 (E,), where the layer has experts
+
+    def count_tokens(self, counts: torch.Tensor) -> None:
+        """Add the tokens that a forward brought to each expert; not those of a checkpointed forward's second run."""
+        if torch._C._current_graph_task_id() == -1:  # no backward runs here
+            self.tokens = counts.long() if self.tokens is None else self.tokens + counts
 
     @torch.no_grad()
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:

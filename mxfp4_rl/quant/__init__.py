@@ -12,7 +12,7 @@ from mxfp4_rl.quant.decomposition import (
     scale_ratios,
 )
 from mxfp4_rl.quant.quantizer import backend_for, fake_quantize, quantize
-from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor
+from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, StackedTensor
 
 __all__ = [
     "ErrorPartition",
@@ -21,6 +21,7 @@ __all__ = [
     "MXFP4Tensor",
     "NVFP4Tensor",
     "QuantizedTensor",
+    "StackedTensor",
     "backend_for",
     "decompose",
     "error_stats",

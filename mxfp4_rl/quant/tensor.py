@@ -158,6 +158,32 @@ class NVFP4Tensor(QuantizedTensor):
         return self.scales.view(torch.float8_e4m3fn).float() * self.tensor_scale
 
 
+@dataclass
+class StackedTensor(QuantizedTensor):
+    """Matrices of one shape, each quantised as a tensor of its own: experts, where a recipe looks at whole tensors.
+
+    Attributes:
+        parts: at least one quantised tensor, in order.
+        axis: the quantised axis of the stack, of which axis 0 numbers the parts.
+    """
+
+    parts: tuple[QuantizedTensor, ...]
+    axis: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.parts), *self.parts[0].shape))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.stack([part.dequantize(dtype) for part in self.parts])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
+
+    def to(self, device) -> StackedTensor:
+        return StackedTensor(tuple(part.to(device) for part in self.parts), self.axis)
+
+
 def _kernels():
     try:
         from mxfp4_kernels.quantize import dequantize

@@ -40,7 +40,8 @@ def make_tiny_model(
         seed: of the weights.
         hidden: hidden size, a multiple of ``2 * heads`` (rotary embeddings turn pairs).
         layers, intermediate, heads, kv_heads: as in the transformers config; ``heads`` a multiple of ``kv_heads``.
-        architecture: ``"qwen3"`` or ``"llama"``.
+        architecture: ``"qwen3"``, ``"llama"``, or ``"qwen3_moe"``, whose layers have four experts with ``intermediate``
+            features each, two of them for a token.
         tie_word_embeddings: whether ``lm_head`` is the embedding, as in many small models.
 
     Returns:
@@ -50,9 +51,20 @@ def make_tiny_model(
         ValueError: the sizes do not fit each other, or the architecture is unknown.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
-    architectures = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    architectures = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    }
     if architecture not in architectures:
         raise ValueError(f"architecture={architecture!r}: give one of {sorted(architectures)}.")
     sizes = {"hidden": hidden, "layers": layers, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
@@ -68,7 +80,9 @@ def make_tiny_model(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _character_tokenizer()
     config_class, model_class = architectures[architecture]
+    experts = {"moe_intermediate_size": intermediate, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     config = config_class(
+        **(experts if architecture == "qwen3_moe" else {}),
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=intermediate,

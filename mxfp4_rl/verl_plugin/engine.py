@@ -5,7 +5,7 @@ the actor's products use, and the actor keeps the operand those codes stand for.
 weights, bit for bit. (With product="fp8" and macro blocks the trainer's are not yet rounded to the compute dtype.)
 
 FSDP2 cuts a weight along its output features and blocks lie along its inputs: each rank packs its own rows, and codes are
-gathered, a quarter of the bytes (`packing`).
+gathered, a quarter of the bytes (`packing`). Experts in fused tensors are cut between experts.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from verl.utils.fsdp_utils import fsdp_version
 from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
 from mxfp4_rl.monitor.components import collect_errors, start_measuring
 from mxfp4_rl.nn import convert, converted_layers, release_operands
@@ -83,15 +82,17 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
         return (self._packed(pairs, layers) if layers and not only_adapters else pairs), peft_config
 
     def _sharded_pairs(self):
-        """verl's export of FSDP2 parameters up to the point where it gathers them."""
+        """verl's export of FSDP2 parameters up to the point where it gathers them, with fused experts as they are.
+
+        verl takes experts apart for vLLM; with these layers they go to a rollout whose model has them fused.
+        """
         device = get_device_id()
         parameters = convert_weight_keys(self.module.state_dict(), self.module)
-        pairs = ((name, p.to(device, non_blocking=True) if isinstance(p, DTensor) else p) for name, p in parameters.items())
-        return unfuse_moe_params(pairs, self.model_config.hf_config.model_type)
+        return ((name, p.to(device, non_blocking=True) if isinstance(p, DTensor) else p) for name, p in parameters.items())
 
     @torch.no_grad()
     def _packed(self, pairs, layers) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-        waiting = {f"{name}.weight": layer for name, layer in layers.items()}
+        waiting = {layer.weight_name: layer for layer in layers.values()}
         for name, tensor in pairs:
             # PEFT puts a layer of its own around ours and names ours "base_layer".
             layer = waiting.pop(name.replace(".base_layer.", "."), None)
@@ -100,7 +101,7 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
                 continue
             # Where LoRA adapters are, verl exports the base weights on the CPU.
             own = tensor if isinstance(tensor, DTensor) else tensor.to(get_device_id())
-            packed = pack(own, layer.recipe.weight, self.compute_dtype)
+            packed = pack(own, layer.recipe.weight, self.compute_dtype, layer.axis)
             layer.hold(packed, self.compute_dtype)
             yield name, packed
         if waiting:

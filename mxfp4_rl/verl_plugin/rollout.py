@@ -23,7 +23,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 from mxfp4_rl.generation import Sampling, generate
-from mxfp4_rl.nn import PackedLinear, convert_for_rollout, converted_layers
+from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.settings import Settings
@@ -73,6 +73,10 @@ class RolloutModel:
         self._drawn: Counter = Counter()
         self.stop_ids, self.pad_id = stop_ids, pad_id
 
+    def packed_layers(self) -> list:
+        """The layers whose weights come as codes."""
+        return [layer for layer in converted_layers(self.model).values() if layer.weight is None]
+
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor | QuantizedTensor], global_steps: int | None) -> int:
         """Take the weights of a sync, all or none, and put this step's noise on; returns the bytes that came.
@@ -80,9 +84,10 @@ class RolloutModel:
         Raises:
             ValueError: a weight is missing, unknown, or packed where the model has a plain one (or the reverse).
         """
-        packed = {f"{n}.weight": layer for n, layer in converted_layers(self.model).items() if type(layer) is PackedLinear}
+        packed = {layer.weight_name: layer for layer in self.packed_layers()}
         plain = dict(self.model.named_parameters(remove_duplicate=False))
         plain |= {n: b for n, b in self.model.named_buffers() if n in weights}
+        weights = fuse_experts(weights, plain.keys() - weights.keys())
         tied = {n for n, p in plain.items() if any(p is q and n != m and m in weights for m, q in plain.items())}
         missing = (packed.keys() | plain.keys()) - weights.keys() - tied
         unknown = weights.keys() - packed.keys() - plain.keys()
@@ -133,6 +138,20 @@ class RolloutModel:
             seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
         samples = generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
         return [(*sample, number) for sample, number in zip(samples, numbers, strict=True)]
+
+
+def fuse_experts(weights: dict[str, torch.Tensor], missing: set[str]) -> dict[str, torch.Tensor]:
+    """`weights` with the `missing` fused tensors of experts put together again, where verl took them apart for vLLM."""
+    weights = dict(weights)
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    for name in missing:
+        base, _, own = name.rpartition(".")
+        stacked = []
+        while all(f"{base}.{len(stacked)}.{part}.weight" in weights for part in parts.get(own, [""])):
+            stacked.append(torch.cat([weights.pop(f"{base}.{len(stacked)}.{part}.weight") for part in parts[own]]))
+        if stacked:
+            weights[name] = torch.stack(stacked)
+    return weights
 
 
 def stop_token_ids(tokenizer, generation_config=None) -> set[int]:
@@ -253,7 +272,7 @@ class MXFP4Server:
         loop = asyncio.get_running_loop()
         size = await loop.run_in_executor(self._worker, self.rollout.load, weights, global_steps)
         if self._says_path:
-            paths = Counter(m.path for m in self.rollout.model.modules() if isinstance(m, PackedLinear))
+            paths = Counter(layer.path for layer in self.rollout.packed_layers())
             for path, count in paths.items():
                 print(f"[mxfp4] rollout: {count} layers multiply {path}", flush=True)
             self._says_path = False
