@@ -126,7 +126,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("dgrad, wgrad, grad", SWITCHES)
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
-def test_a_projection_is_a_linear_layer_an_expert_to_the_bit(family, dgrad, wgrad, grad):
+def test_a_projection_is_a_linear_layer_an_expert(family, dgrad, wgrad, grad):
     recipe = ModelRecipe(weight=FULL, activation=FULL, grad=grad, dgrad=dgrad, wgrad=wgrad)
     projection = swapped(family, recipe).projections["gate_up_proj"]
     bounds = [0, 40, 40, 41, 73, 80]  # an expert without tokens, one with one, one with a whole block
