@@ -268,3 +268,30 @@ def test_what_is_asked_for_is_checked():
         chosen(["w4a5"])
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         Options.from_dict({"stepz": 3})
+
+
+def test_a_mixture_of_experts_climbs_too(tmp_path, task):
+    from transformers import AutoModelForCausalLM
+
+    from recipes.upcycle.upcycle import upcycle
+
+    dense = make_tiny_model(tmp_path / "dense", architecture="llama", intermediate=256)
+    moe = upcycle(AutoModelForCausalLM.from_pretrained(dense), slices=2)
+    moe.save_pretrained(tmp_path / "moe")
+    for file in dense.glob("*token*"):
+        (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
+    for template in dense.glob("chat_template*"):
+        (tmp_path / "moe" / template.name).write_bytes(template.read_bytes())
+    options = {"model": str(tmp_path / "moe"), "steps": 2, "measure_every": 1}
+    loop = grpo.Run(prepared(tmp_path / "run", task, RUNGS["w4a4+mbs+of"].config(), **options))
+    ids = torch.arange(10, 40).unsqueeze(0)
+    with torch.no_grad(), grpo.unquantised(loop.model):
+        plain = loop.model(input_ids=ids).logits
+    bf16 = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.bfloat16)
+    assert torch.equal(plain, bf16(input_ids=ids).logits)
+    assert not torch.equal(plain, loop.model(input_ids=ids).logits)  # quantised again
+    assert loop.go() == 0
+    steps = logged(tmp_path / "run")
+    assert all(0 < steps[step]["mxfp4/rel_mse"] < 0.1 and "ladder/grad_cosine" in steps[step] for step in (1, 2))
+    with pytest.raises(ValueError, match="fp8 has no experts"):
+        grpo.Run(prepared(tmp_path / "fp8", task, RUNGS["fp8"].config(), **options))

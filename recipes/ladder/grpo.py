@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl import ModelRecipe, convert
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.monitor.components import collect_errors, error_metrics, start_measuring
-from mxfp4_rl.nn import MXFP4Linear
+from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.tasks.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from recipes.ladder.data import Data
@@ -48,10 +48,10 @@ _SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/gra
 
 @contextmanager
 def unquantised(model: nn.Module):
-    """Plain Linear layers for a while; what the quantised ones keep stays theirs."""
-    layers = [(m, type(m)) for m in model.modules() if isinstance(m, MXFP4Linear)]
-    for layer, _ in layers:
-        layer.__class__ = nn.Linear
+    """Plain layers for a while; what the quantised ones keep stays theirs."""
+    layers = [(m, type(m)) for m in model.modules() if isinstance(m, MXFP4Linear | MXFP4Experts)]
+    for layer, own in layers:
+        layer.__class__ = own.family if isinstance(layer, MXFP4Experts) else nn.Linear
     try:
         yield
     finally:

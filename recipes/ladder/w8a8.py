@@ -36,8 +36,14 @@ class W8A8Linear(MXFP4Linear):
 
 
 def convert_to_w8a8(model: torch.nn.Module) -> int:
-    """Swap the Linear layers that MXFP4 would quantise; returns how many."""
-    names = plan(model, ModelRecipe()).converted
-    for name, recipe in names.items():
+    """Swap the Linear layers that MXFP4 would quantise; returns how many.
+
+    Raises:
+        ValueError: the model has experts, which would stay in BF16.
+    """
+    report = plan(model, ModelRecipe())
+    if report.experts:
+        raise ValueError(f"the rung fp8 has no experts ({next(iter(report.experts))}): leave it out, or take a dense model")
+    for name, recipe in report.converted.items():
         W8A8Linear.swap(model.get_submodule(name), name, recipe)
-    return len(names)
+    return len(report.converted)
