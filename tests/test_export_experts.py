@@ -269,6 +269,19 @@ def test_gpt_oss_needs_every_expert_in_whole_blocks(saved, tmp_path, capsys):
     (saved["GptOss"] / RECIPE_FILE).unlink()
 
 
+@pytest.mark.parametrize(("suffix", "message"), [("$", "has lost its experts"), (None, "has no fused experts")])
+def test_a_model_without_its_experts_is_refused(saved, tmp_path, capsys, suffix, message):
+    """transformers 5.10 dequantises gpt-oss' MXFP4 and then saves all layers' experts as `gate_up_proj$` and `down_proj$`."""
+    kept = {n: t for n, t in stored(saved["GptOss"]).items() if not n.endswith(("gate_up_proj", "down_proj"))}
+    if suffix:
+        kept |= {f"{own}{suffix}": torch.zeros(EXPERTS, 64, 2 * INNER) for own in ("gate_up_proj", "down_proj")}
+    (tmp_path / "model").mkdir()
+    save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text((saved["GptOss"] / "config.json").read_text())
+    assert export(tmp_path / "model", tmp_path / "out", "gpt-oss", "mxfp4") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_verify_tells_which_block_differs(saved, tmp_path, capsys, monkeypatch):
     from mxfp4_rl.export import verify
 

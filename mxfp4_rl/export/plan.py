@@ -42,6 +42,12 @@ class Plan:
                 f"{format.name} is the format of models of type {format.model_type}, not {model_type}: "
                 "give --format mxfp4-pack-quantized or bf16"
             )
+        lost = [info.name for info in checkpoint.tensors if info.name.removesuffix("$") in PROJECTIONS]
+        if lost:  # transformers 5.10 saves models that it loaded from MXFP4 so
+            raise ExportError(
+                f"{checkpoint.source} has lost its experts: {lost[0]} has the name of a pattern, under which save_pretrained wrote "
+                "one layer over another; save the model's state_dict with safetensors instead"
+            )
         weights, left_out = linear_weights(checkpoint)
         for name, reason in left_out.items():
             if reason.startswith("experts in a fused tensor"):  # training would quantise them
@@ -59,6 +65,8 @@ class Plan:
             self._add(weight, recipe, names)
         if not self.recipes:
             raise ExportError("the recipe quantises no weight of this model: there is nothing to export")
+        if format.experts_only and not self._axes:
+            raise ExportError(f"{checkpoint.source} has no fused experts, which {format.name} is made for: give --format bf16")
 
     def _add(self, weight: LinearWeight, recipe: ModelRecipe, names: ExpertNames) -> None:
         fused = len(weight.info.shape) == 3
