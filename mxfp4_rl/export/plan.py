@@ -42,11 +42,11 @@ class Plan:
                 f"{format.name} is the format of models of type {format.model_type}, not {model_type}: "
                 "give --format mxfp4-pack-quantized or bf16"
             )
-        lost = [info.name for info in checkpoint.tensors if info.name.removesuffix("$") in PROJECTIONS]
+        lost = {info.name for info in checkpoint.tensors} & {f"{own}$" for own in PROJECTIONS}
         if lost:  # transformers 5.10 saves models that it loaded from MXFP4 so
             raise ExportError(
-                f"{checkpoint.source} has lost its experts: {lost[0]} has the name of a pattern, under which save_pretrained wrote "
-                "one layer over another; save the model's state_dict with safetensors instead"
+                f"{checkpoint.source} has lost its experts: {min(lost)} is the name of a pattern, under which save_pretrained "
+                "wrote one layer over another; save the model's state_dict with safetensors instead"
             )
         weights, left_out = linear_weights(checkpoint)
         for name, reason in left_out.items():
