@@ -214,12 +214,12 @@ def test_models_that_no_format_stores_are_refused(tmp_path, capsys):
     assert "40 inputs, no multiple of 32" in capsys.readouterr().err
     assert export(odd, tmp_path / "out", "bf16", "mxfp4") == 0
     experts = {
-        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(2, 128, 64),
+        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(2, 64, 128),  # inputs first
         "model.layers.0.mlp.experts.down_proj": torch.randn(2, 64, 64),
     }
-    fused = checkpoint_with(tmp_path / "fused", experts, {"model_type": "qwen3_moe", "hidden_size": 64})
+    fused = checkpoint_with(tmp_path / "fused", experts, {"model_type": "llama4_text", "hidden_size": 64})
     assert export(fused, tmp_path / "fused_out", MXFP4, "mxfp4") == 2
-    assert "experts in fused tensors" in capsys.readouterr().err
+    assert "no Linear layers for the fused experts" in capsys.readouterr().err
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
     done = checkpoint_with(tmp_path / "done", {"model.layers.0.mlp.up_proj.weight": torch.randn(8, 64)}, config)
     assert export(done, tmp_path / "done_out", MXFP4, "mxfp4") == 2

@@ -1,10 +1,11 @@
 """`mxfp4-rl export`: a trained model as a checkpoint that others serve.
 
-`formats` says what a format stores and what it cannot carry, `write` streams the tensors into sharded files, `verify` reads
-them back, `command` is the command line, whose help needs no torch.
+`formats` says what a format stores and what it cannot carry, `experts` what files and servers call experts, `plan` which
+tensors are quantised; `write` streams them into sharded files, `verify` reads them back; `command` is the command line, whose
+help needs no torch.
 """
 
-FORMAT_NAMES = ("mxfp4-pack-quantized", "nvfp4-pack-quantized", "bf16")
+FORMAT_NAMES = ("mxfp4-pack-quantized", "nvfp4-pack-quantized", "gpt-oss", "bf16")
 
 
 class ExportError(ValueError):

@@ -22,6 +22,7 @@ smollm2-135m-instruct. The recipe stored with it is used unless --recipe names o
 examples:
   mxfp4-rl export runs/mine/checkpoints/global_step_100 out/ --format bf16                what the trainer multiplied by
   mxfp4-rl export Qwen/Qwen2.5-3B out/ --format mxfp4-pack-quantized --recipe mxfp4       for vLLM, compressed-tensors
+  mxfp4-rl export gpt-oss-in-bf16/ out/ --format gpt-oss --recipe mxfp4                   experts in MXFP4, as released
   mxfp4-rl export model/ out/ --format nvfp4-pack-quantized --recipe nvfp4+four-over-six --verify
 """
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -47,8 +48,9 @@ def run(options) -> int:
     from mxfp4_rl.analysis.progress import make_progress
     from mxfp4_rl.evaluation.sources import find_model, find_recipe
     from mxfp4_rl.export.formats import FORMATS
+    from mxfp4_rl.export.plan import Plan
     from mxfp4_rl.export.verify import verify_export
-    from mxfp4_rl.export.write import Plan, write_export
+    from mxfp4_rl.export.write import write_export
 
     out, shard_bytes = Path(options.out).expanduser(), _bytes(options.shard_size)
     model = find_model(options.model)
@@ -93,8 +95,9 @@ def _verify(checkpoint, plan, out, verify_export, progress) -> int:
     print(f"verified  {counts['tensors']} tensors bit for bit")
     if counts["decompressed"]:
         apart = counts["rounded_apart"]
+        reader = "transformers" if plan.format.experts_only else "compressed-tensors"
         print(
-            f"          compressed-tensors reads {counts['decompressed']} weights, "
+            f"          {reader} reads {counts['decompressed']} weights, "
             + ("all values equal to ours in BF16" if not apart else f"{apart} values rounded apart in BF16")
         )
     return 0

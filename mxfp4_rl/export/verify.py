@@ -9,17 +9,18 @@ import torch
 
 from mxfp4_rl.analysis.checkpoint import Checkpoint, open_checkpoint
 from mxfp4_rl.export import ExportError
-from mxfp4_rl.export.write import Plan
-from mxfp4_rl.quant import QuantizedTensor
+from mxfp4_rl.export.plan import Plan
 
 
 def verify_export(
     checkpoint: Checkpoint, plan: Plan, out: Path, dtype: torch.dtype, advance: Callable[[int], None]
 ) -> dict[str, int]:
-    """Compare every stored tensor, and what compressed-tensors' own decompressor makes of it where that is installed.
+    """Compare every stored tensor, and what the format's own reader makes of it where that is installed.
+
+    The reader is compressed-tensors' decompressor, or transformers' of gpt-oss.
 
     Returns:
-        "tensors" compared; "decompressed": weights that compressed-tensors read (0 if it is not there or too old);
+        "tensors" compared; "decompressed": weights that the reader read (0 if it is not there or too old);
         "rounded_apart": their values that differ from ours in BF16 (NVFP4's g is stored as its rounded reciprocal).
 
     Raises:
@@ -38,7 +39,7 @@ def verify_export(
                 if read[own].dtype != expected.dtype or not _same_bits(read[own], expected):
                     raise ExportError(f"{out}: {own} differs from what the source and the recipe give")
                 counts["tensors"] += 1
-            if isinstance(tensor, QuantizedTensor) and decompress is not None:
+            if len(read) > 1 and decompress is not None:  # one tensor alone is dequantised already
                 theirs = decompress({own.rpartition(".")[2]: t for own, t in read.items()})
                 if theirs is None:
                     decompress = None
@@ -57,7 +58,9 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _decompressor(plan: Plan):
-    """compressed-tensors' reader of a layer's tensors, or None."""
+    """The reader of a layer's tensors, by the last part of their names, or None."""
+    if plan.format.experts_only:
+        return _dequantise_gpt_oss
     if plan.format.arguments is None:
         return None
     try:
@@ -76,3 +79,11 @@ def _decompressor(plan: Plan):
             return None
 
     return decompress
+
+
+def _dequantise_gpt_oss(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(E, in, out), as `GptOssExperts` holds it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks, scales = (next(t for name, t in stored.items() if name.endswith(end)) for end in ("_blocks", "_scales"))
+    return convert_moe_packed_tensors(blocks, scales)
