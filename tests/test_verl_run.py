@@ -174,54 +174,38 @@ def test_switched_off_it_is_plain_verl_and_ctrl_c_ends_it_cleanly(model, tmp_pat
     assert all(abs(v) < 0.01 for v in run.series("rollout_corr/k3_kl")[1])
 
 
-@pytest.mark.slow
-def test_a_resumed_run_goes_on_where_it_stopped_and_names_another_recipe(model, tmp_path):
-    run_dir = tmp_path / "run"
-    common = ["trainer.save_freq=1", "trainer.test_freq=-1", "trainer.val_before_train=false", "trainer.resume_mode=auto"]
-    for steps, more in ((1, []), (2, ["mxfp4.recipe.fallback_alpha=1.0"])):
-        result = subprocess.run(
-            command(model, run_dir, f"trainer.total_training_steps={steps}", *common, *more),
-            env=environment(tmp_path),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr + (run_dir / "verl.log").read_text()[-6000:]
-    run = RunLog.load(run_dir)
-    steps, error = run.series("mxfp4/rel_mse")
-    assert list(steps) == [1, 2]
-    assert error[1] < 0.2 * error[0]  # alpha 1 instead of 0.5: the second step really ran with the other recipe
-    assert "another recipe than this run's" in (run_dir / "verl.log").read_text()
-    stored = [json.loads((run_dir / f"checkpoints/global_step_{s}/mxfp4_recipe.json").read_text()) for s in (1, 2)]
-    assert [recipe["weight"]["fallback_alpha"] for recipe in stored] == [0.5, 1.0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("enable", [True, False])
-def test_two_steps_of_a_mixture_of_experts(enable, tmp_path):
-    run_dir = tmp_path / "run"
-    moe = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
+def mixture_run(model, run_dir, steps, *overrides):
+    """The log of a run of a mixture of experts up to `steps`, from its last checkpoint if it has one."""
     result = subprocess.run(
         command(
-            moe,
+            model,
             run_dir,
-            f"mxfp4.enable={str(enable).lower()}",
             "actor_rollout_ref.actor.entropy_coeff=0.1",  # a gradient, though a fresh model earns no reward
             "actor_rollout_ref.actor.optim.lr=1e-3",
-            "trainer.total_training_steps=2",
+            f"trainer.total_training_steps={steps}",
             "trainer.test_freq=-1",
             "trainer.val_before_train=false",
             "trainer.save_freq=2",
+            "trainer.resume_mode=auto",
+            *overrides,
         ),
-        env=environment(tmp_path),
-        cwd=tmp_path,
+        env=environment(run_dir.parent),
+        cwd=run_dir.parent,
         capture_output=True,
         text=True,
         timeout=400,
     )
     log = (run_dir / "verl.log").read_text() if (run_dir / "verl.log").exists() else ""
     assert result.returncode == 0, result.stdout + result.stderr + log[-6000:]
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enable", [True, False])
+def test_a_mixture_of_experts_trains_and_resumes_with_another_recipe(enable, tmp_path):
+    run_dir = tmp_path / "run"
+    moe = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
+    log = mixture_run(moe, run_dir, 2, f"mxfp4.enable={str(enable).lower()}")
     run = RunLog.load(run_dir)
     assert all(math.isfinite(v) and v > 0 for v in run.series("actor/grad_norm")[1])
     assert all(abs(v) < (0.05 if enable else 0.01) for v in run.series("rollout_corr/k3_kl")[1])
@@ -236,3 +220,11 @@ def test_two_steps_of_a_mixture_of_experts(enable, tmp_path):
     assert all(v > 0 for v in run.series(f"{layer}/tokens_mean")[1])
     assert (run_dir / "report" / "report.html").stat().st_size > 50_000
     assert list((run_dir / "checkpoints" / "global_step_2").rglob("*.pt"))
+
+    log = mixture_run(moe, run_dir, 3, "mxfp4.recipe.fallback_alpha=1.0")
+    assert "another recipe than this run's" in log
+    steps, error = RunLog.load(run_dir).series("mxfp4/rel_mse")
+    assert list(steps) == [1, 2, 3]
+    assert error[2] < 0.2 * error[1]  # alpha 1 instead of 0.5: the third step really ran with the other recipe
+    stored = [json.loads((run_dir / f"checkpoints/global_step_{s}/mxfp4_recipe.json").read_text()) for s in (2, 3)]
+    assert [recipe["weight"]["fallback_alpha"] for recipe in stored] == [0.5, 1.0]
