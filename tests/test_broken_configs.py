@@ -209,6 +209,7 @@ class Breaker:
             ({"mxfp4.aqn.sigma_start": 1e-4, "mxfp4.aqn.sigma_end": 1e-2}, ["sigma_end=0.01"]),
             ({"mxfp4.recipe.dgrad": "mx"}, ["grad"]),
             ({"mxfp4.recipe.format": "nvfp4", "mxfp4.recipe.scale_rule": "floor"}, ["floor", "nvfp4"]),
+            ({"trainer.save_freq": -3}, ["trainer.save_freq=-3", "or -1 for never"]),
             ({"trainer.total_training_steps": 900, "trainer.total_epochs": 1}, ["total_training_steps=900", "total_epochs"]),
             ({f"{rollout}.name": "vllm"}, ["vllm", "GPU"]),
             ({f"{rollout}.dtype": "float16"}, ["rollout.dtype=float16"]),

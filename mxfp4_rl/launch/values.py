@@ -26,6 +26,7 @@ from mxfp4_rl.launch.schema import OWN_BLOCKS, RAY_INIT, load_class
 
 MAY_BE_NEGATIVE = ("entropy_coeff", "seed", "resume_from_path", "log_prob_min_clamp")
 COUNT = (1, math.inf, "must be a positive integer")
+EVERY = (-1, math.inf, "must be a number of steps, or -1 for never")
 SHARE = (0, 1, "must be between 0 and 1")
 BOUNDS = {  # last parts of a key: smallest, largest, what to say; null is left to the schema
     **dict.fromkeys(
@@ -40,6 +41,7 @@ BOUNDS = {  # last parts of a key: smallest, largest, what to say; null is left 
         ],
         COUNT,
     ),
+    **dict.fromkeys(["trainer.save_freq", "trainer.test_freq"], EVERY),
     **dict.fromkeys(
         [
             *("lr_warmup_steps_ratio", "min_lr_ratio", "clip_ratio_low", "clip_cov_ratio", "kl_cov_ratio", "over_sample_rate"),
