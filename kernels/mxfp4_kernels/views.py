@@ -9,25 +9,25 @@ import torch
 
 def merges(x: torch.Tensor, axis: int) -> bool:
     """Whether the axes other than `axis` are one axis of a constant stride."""
+    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(_lead(x, axis)))
+
+
+def _lead(x: torch.Tensor, axis: int) -> list[tuple[int, int]]:
+    """(size, stride) of the axes other than `axis` that are longer than 1."""
     sizes, strides = list(x.shape), list(x.stride())  # on Python numbers: a launch of a small layer waits for this
     del sizes[axis], strides[axis]
-    lead = [(n, s) for n, s in zip(sizes, strides) if n != 1]
-    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(lead))
+    return [(n, s) for n, s in zip(sizes, strides) if n != 1]
 
 
 def matrices(x: torch.Tensor, axis: int, merged: bool) -> list[torch.Tensor]:
     """Views of x, the quantised axis last, that cover it in the order of its rows: one if the other axes merge."""
-    length = x.shape[axis]
     if not x.numel():
         return []
     if x.ndim == 1:
         return [x.unsqueeze(0)]
     if merged:
-        sizes, strides = list(x.shape), list(x.stride())
-        step = strides[axis]
-        del sizes[axis], strides[axis]
-        rows = [s for n, s in zip(sizes, strides) if n != 1]
-        return [x.as_strided((x.numel() // length, length), (rows[-1] if rows else 0, step))]
+        lead, length = _lead(x, axis), x.shape[axis]
+        return [x.as_strided((x.numel() // length, length), (lead[-1][1] if lead else 0, x.stride(axis)))]
     return [matrix for part in x.movedim(axis, -1).unbind(0) for matrix in matrices(part, -1, merges(part, -1))]
 
 

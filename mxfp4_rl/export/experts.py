@@ -12,10 +12,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mxfp4_rl.nn.experts import PROJECTIONS
+from mxfp4_rl.nn.experts import LAYERS_OF, PROJECTIONS
 
 _OF_ONE_EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.\w+")
-_HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class ExpertNames:
@@ -49,7 +48,7 @@ class ExpertNames:
         None if the family has no such layers, or has them under other names.
         """
         stem, _, last = fused.rpartition(".")
-        halves = _HALVES.get(last, ())
+        halves = LAYERS_OF.get(last, ())
         if not halves or any(self.trained_as(f"{stem}.0.{half}") != fused for half in halves):
             return None
         rows = shape[1] // len(halves)

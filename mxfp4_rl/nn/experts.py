@@ -24,6 +24,8 @@ from mxfp4_rl.quant import QuantizedTensor, StackedTensor, quantize
 from mxfp4_rl.recipe import ModelRecipe, QuantRecipe, RecipeError
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+# What each is made of where an expert's layers lie apart, by verl's and most families' names.
+LAYERS_OF = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what transformers' decorator records
 
 

@@ -24,6 +24,7 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import convert_for_rollout, converted_layers
+from mxfp4_rl.nn.experts import LAYERS_OF
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.quant import QuantizedTensor
 from mxfp4_rl.settings import Settings
@@ -143,12 +144,13 @@ class RolloutModel:
 def fuse_experts(weights: dict[str, torch.Tensor], missing: set[str]) -> dict[str, torch.Tensor]:
     """`weights` with the `missing` fused tensors of experts put together again, where verl took them apart for vLLM."""
     weights = dict(weights)
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     for name in missing:
         base, _, own = name.rpartition(".")
+        if own not in LAYERS_OF:
+            continue
         stacked = []
-        while all(f"{base}.{len(stacked)}.{part}.weight" in weights for part in parts.get(own, [""])):
-            stacked.append(torch.cat([weights.pop(f"{base}.{len(stacked)}.{part}.weight") for part in parts[own]]))
+        while all(f"{base}.{len(stacked)}.{part}.weight" in weights for part in LAYERS_OF[own]):
+            stacked.append(torch.cat([weights.pop(f"{base}.{len(stacked)}.{part}.weight") for part in LAYERS_OF[own]]))
         if stacked:
             weights[name] = torch.stack(stacked)
     return weights

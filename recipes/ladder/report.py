@@ -191,14 +191,8 @@ def _row(name: str, runs: list[StoredRun], baseline: list[StoredRun]) -> list[st
             numbers[1:4] = f"{d.mean():+.3f}", _interval(student) if student else "one seed", _interval(bootstrap_interval(d))
     seeds = ", ".join(str(run.seed) for run in ended) or "none at its end"
     starts = [start for run in runs if (start := run.start()) is not None]
-    return [
-        runs[0].config["label"],
-        seeds,
-        f"{np.mean(starts):.3f}" if starts else "",
-        *numbers,
-        f"{weight} / {activation}",
-        timing,
-    ]
+    start = f"{np.mean(starts):.3f}" if starts else ""
+    return [runs[0].config["label"], seeds, start, *numbers, f"{weight} / {activation}", timing]
 
 
 def _interval(ends: tuple[float, float]) -> str:
@@ -257,7 +251,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
         "(Student's t over seeds; bootstrap of seeds and problems, "
         f"{RESAMPLES} resamples). Seconds: median of steps that only train, up to {shared} runs at once on the device.", "",
     ]  # fmt: skip
-    left_out = [f"{r.config['rung']}/seed{r.seed} {r.steps_left_out()}" for r in everything if r.steps_left_out()]
+    left_out = [f"{r.config['rung']}/seed{r.seed} {count}" for r in everything if (count := r.steps_left_out())]
     if left_out:
         lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
     figures = page.with_suffix("")

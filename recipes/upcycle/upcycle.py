@@ -2,7 +2,7 @@
 
 Every MLP is cut along its intermediate features into S slices, which are G times there: G S experts, S of them for a token. A
 router's rows are the same for all slices of a copy, so the S best experts are one whole copy; their routing weights are 1/S
-each, which `down_proj` times S takes back. (Virtual groups, He et al. 2024, arXiv 2410.07524, section 4.) S is a power of two,
+each, which `down_proj` times S takes back. (Virtual groups, He et al. 2024, arXiv 2410.07524.) S is a power of two,
 so nothing is rounded, and where a slice is of whole blocks its MXFP4 operands are the dense model's too.
 
 Training pulls the copies, and the slices' router rows, apart. Where two copies' router logits are equal in BF16, slices of both
