@@ -7,8 +7,10 @@ import torch
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
 from mxfp4_rl.generation import Sampling, generate
-from mxfp4_rl.nn import convert_for_rollout, converted_layers
+from mxfp4_rl.nn import MXFP4Experts, convert_for_rollout, converted_layers
+from mxfp4_rl.nn.experts import PROJECTIONS
 from mxfp4_rl.quant import error_stats, fake_quantize
+from tests.test_experts import experts_of
 from tests.test_nn import FULL, llama
 from tests.test_quant import RECIPES, RULES, awkward, ids, same_bits
 
@@ -83,3 +85,34 @@ def test_a_converted_model_trains_and_its_rollout_agrees():
         assert same_bits(layers[name].weight_operand(torch.bfloat16), layer.weight_operand(torch.bfloat16))
     out = generate(rollout.eval(), [[1, 2, 3]] * 4, [8] * 4, [0, 1, 2, 3], Sampling(), {63}, 0)
     assert all(1 <= len(tokens) <= 8 for tokens, _ in out)
+
+
+MX = ModelRecipe(grad=QuantRecipe(), dgrad="mx", wgrad="mx")
+
+
+@pytest.mark.parametrize("recipe", [ModelRecipe(), ModelRecipe(weight=FULL, activation=FULL), MX], ids=["plain", "full", "mx"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_experts_compute_what_they_do_on_the_cpu(family, recipe):
+    """Grouped kernels against the loop over experts in float32; of five experts the last gets no token."""
+    here = experts_of(family, torch.bfloat16, hidden=96, inner=64)
+    there = copy.deepcopy(here).cuda()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 96, generator=generator).bfloat16()
+    index = torch.rand(200, 4, generator=generator).argsort(-1)[:, :2]
+    weights = torch.rand(200, 2, generator=generator)
+    results = []
+    for experts, device in ((here, "cpu"), (there, "cuda")):
+        MXFP4Experts.swap(experts, "layer.experts", dict.fromkeys(PROJECTIONS, recipe))
+        own_x, own_w = (t.clone().to(device).requires_grad_() for t in (x, weights))
+        y = experts(own_x, index.to(device), own_w)
+        y.backward(torch.ones_like(y))
+        grads = [own_x.grad, own_w.grad, *(p.grad for p in experts.parameters())]
+        operands = [projection.weight_operand(torch.bfloat16) for projection in experts.projections.values()]
+        results.append(([t.float().cpu() for t in (y.detach(), *grads)], [t.cpu() for t in operands]))
+    (expected, operands), (got, on_gpu) = results
+    assert all(same_bits(a, b) for a, b in zip(operands, on_gpu))
+    for a, b in zip(expected, got):
+        # Sums in another order flip BF16 roundings of `inner`, and with them a few 4-bit codes.
+        assert torch.isfinite(b).all() and (a - b).norm() <= 0.03 * a.norm()
+    gate_up = there.gate_up_proj.grad
+    assert not gate_up[4].any() and gate_up[:4].any()
