@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+import transformers
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import MXFP4Experts, convert_for_rollout, converted_layers
 from mxfp4_rl.nn.experts import PROJECTIONS
 from mxfp4_rl.quant import error_stats, fake_quantize
-from tests.test_experts import experts_of
 from tests.test_nn import FULL, llama
 from tests.test_quant import RECIPES, RULES, awkward, ids, same_bits
 
@@ -87,14 +89,20 @@ def test_a_converted_model_trains_and_its_rollout_agrees():
     assert all(1 <= len(tokens) <= 8 for tokens, _ in out)
 
 
+FAMILIES = {"Qwen3Moe": Qwen3MoeExperts, "GptOss": GptOssExperts}
 MX = ModelRecipe(grad=QuantRecipe(), dgrad="mx", wgrad="mx")
 
 
 @pytest.mark.parametrize("recipe", [ModelRecipe(), ModelRecipe(weight=FULL, activation=FULL), MX], ids=["plain", "full", "mx"])
-@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_experts_compute_what_they_do_on_the_cpu(family, recipe):
     """Grouped kernels against the loop over experts in float32; of five experts the last gets no token."""
-    here = experts_of(family, torch.bfloat16, hidden=96, inner=64)
+    sizes = dict(hidden_size=96, intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_local_experts=5)
+    config = getattr(transformers, f"{family}Config")(**sizes, num_hidden_layers=1)
+    here = FAMILIES[family](config).bfloat16()
+    torch.manual_seed(0)
+    for p in here.parameters():
+        torch.nn.init.normal_(p, std=0.2)
     there = copy.deepcopy(here).cuda()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(200, 96, generator=generator).bfloat16()

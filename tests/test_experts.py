@@ -148,6 +148,19 @@ def test_a_projection_is_a_linear_layer_an_expert(family, dgrad, wgrad, grad):
         assert relative(outputs_first(projection.experts, projection.weight.grad[e]), layer.weight.grad) < 1e-6
 
 
+@pytest.mark.parametrize("words", ("mxfp4", "mxfp4+mbs+of", "mxfp4+mbs32-dynamic+of", "mxfp4+oas+b16", "mxfp4+search"))
+@given(st.lists(st.integers(0, 140), min_size=1, max_size=6), st.integers(0, 9))
+@settings(max_examples=15, deadline=None)
+def test_columns_of_all_experts_at_once_are_those_of_each_by_itself(words, counts, behind):
+    recipe, bounds = QuantRecipe.parse(words), [0, *itertools.accumulate(counts)]
+    products = WeightPerExpert(torch.tensor(bounds, dtype=torch.int32))
+    t = torch.randn(bounds[-1] + behind, 24, generator=torch.Generator().manual_seed(bounds[-1]))
+    columns = products.quantized_columns(t, recipe)
+    for first, last in itertools.pairwise(bounds):
+        if first < last:
+            assert torch.equal(columns[first:last], fake_quantize(t[first:last], recipe, axis=0))
+
+
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
 def test_experts_compute_what_linear_layers_on_their_tokens_do(family, words):

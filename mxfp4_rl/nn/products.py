@@ -2,13 +2,14 @@
 
 `linear.QuantizedMatmul` says which operands meet in which product. Here is how: a layer of experts is, expert by expert, what a
 Linear layer is for the tokens routed to it. Tokens come sorted by expert, so that whatever treats rows apart treats all experts
-at once; the rest (blocks along an expert's tokens, a scale for a whole tensor) goes expert by expert.
+at once, and so are blocks along an expert's tokens; the rest (a scale for a whole tensor, tiles) goes expert by expert.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,6 +60,7 @@ class WeightPerExpert:
 
     def __init__(self, offsets: torch.Tensor):
         self.offsets = offsets
+        self._known_places: dict[int, tuple[torch.Tensor, int]] = {}
 
     @functools.cached_property
     def ranges(self) -> list[tuple[int, int]]:
@@ -73,7 +75,25 @@ class WeightPerExpert:
 
     def quantized_columns(self, t: torch.Tensor, recipe: QuantRecipe | None) -> torch.Tensor:
         """Each expert's tokens, quantised along them."""
-        return t if recipe is None else self._by_expert(t, lambda own: operand(own, recipe, axis=0))
+        if recipe is None:
+            return t
+        if looks_at_other_rows(recipe) or recipe.hadamard or recipe.rounding != "nearest":
+            return self._by_expert(t, lambda own: operand(own, recipe, axis=0))
+        # All experts at once, without a word from the device: each begins with a new block, after rows of zeros.
+        unit = math.lcm(recipe.block_size, recipe.macro_size if recipe.macro_block else 1)
+        place, rows = self._places(unit, t.shape[0])
+        apart = t.new_zeros(rows, t.shape[1]).index_copy_(0, place, t)
+        return operand(apart, recipe, axis=0).index_select(0, place)
+
+    def _places(self, unit: int, tokens: int) -> tuple[torch.Tensor, int]:
+        """A row for each token, so that experts (and what is behind the last) begin at multiples of `unit`; how many rows."""
+        if unit not in self._known_places:
+            starts = (self.offsets.diff() + unit - 1).div(unit, rounding_mode="floor").mul(unit).cumsum(0)
+            shifts = torch.cat((starts.new_zeros(1), starts)) - self.offsets
+            token = torch.arange(tokens, device=self.offsets.device, dtype=self.offsets.dtype)
+            place = token + shifts[torch.searchsorted(self.offsets[1:], token, right=True)]
+            self._known_places[unit] = place.long(), tokens + unit * (len(self.offsets) - 1)
+        return self._known_places[unit]
 
     def quantized_weight(self, w: torch.Tensor, recipe: QuantRecipe | None, axis: int) -> torch.Tensor:
         """Every expert's weight, quantised along its inputs (axis -1) or outputs (axis -2)."""
