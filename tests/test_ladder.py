@@ -225,6 +225,8 @@ def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
         steps = [step_of(line) for line in log.read_text().splitlines()]
         assert steps == [*range(31), 30]  # every step once, and the final validation
         config = json.loads((log.parent / "config.json").read_text())
+        first = json.loads(log.read_text().splitlines()[0])["data"]
+        assert 0 <= first["ladder/val_untrained"] <= 1  # measured once, before the start that both share
         assert config["git"] and config["device"] and config["versions"]["torch"] == torch.__version__
     assert len(json.loads((out / "w4a4+mbs/seed0/sessions.json").read_text())) >= 2
     capsys.readouterr()

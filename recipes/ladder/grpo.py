@@ -43,6 +43,7 @@ from recipes.ladder.w8a8 import convert_to_w8a8
 
 DTYPE = torch.bfloat16
 _AFTER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_FREE_REPLY = 48  # tokens: what the model says before it has learnt to give the bare number
 _SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/grad_norm", "timing_s/step")
 
 
@@ -104,8 +105,12 @@ class Run:
         self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=self.options.weight_decay)
 
     def _warm_up(self, work: Path) -> None:
-        """The shared supervised phase on the training answers, or its result where another run has made it."""
+        """The shared supervised phase on the training answers, or its result where another run has made it.
+
+        `untrained` is the model's accuracy before it, in BF16, with room for a whole sentence.
+        """
         o, data = self.options, self.data
+        self.untrained = None
         if o.warmup_steps == 0:
             return
         key = json.dumps([o.model, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm])
@@ -113,6 +118,7 @@ class Run:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # whoever comes first trains, the others wait
             if not file.is_file():
+                score = fmean(self.validate(max(_FREE_REPLY, o.response_tokens))) if o.validate_every else None
                 self._new_optimiser(o.warmup_lr)
                 for step in range(1, o.warmup_steps + 1):
                     if self.stop.is_set():
@@ -124,8 +130,11 @@ class Run:
                         logp, _ = self._log_probs(batch, micro)
                         (-(logp * batch["mask"][micro]).sum() / batch["mask"].sum()).backward()
                     self._optimise()
-                write_atomically(file, lambda part: torch.save([m.detach().cpu() for m in self.masters], part))
-            self._set_masters(torch.load(file))
+                made = {"untrained": score, "masters": [m.detach().cpu() for m in self.masters]}
+                write_atomically(file, lambda part: torch.save(made, part))
+            made = torch.load(file)
+            self.untrained = made["untrained"]
+            self._set_masters(made["masters"])
 
     @torch.no_grad()
     def _set_masters(self, values: list[torch.Tensor] | None = None) -> None:
@@ -157,10 +166,11 @@ class Run:
             for name, weight in clean.items():
                 parameters[name].copy_(weight)
 
-    def _sample(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list[tuple[list[int], list[float]]]:
+    def _sample(self, prompts: list[list[int]], seeds: list[int], temperature: float, tokens: int):
+        """(tokens, their log-probs) of a response each."""
         out, o, sampling = [], self.options, Sampling(temperature=temperature)
         for part in (slice(i, i + o.rollout_batch) for i in range(0, len(prompts), o.rollout_batch)):
-            limits = [o.response_tokens] * len(prompts[part])
+            limits = [tokens] * len(prompts[part])
             out += generate(self.model, prompts[part], limits, seeds[part], sampling, self.stop_ids, self.data.pad_id)
         return out
 
@@ -171,7 +181,7 @@ class Run:
         with self.noisy(step - 1) as sigma:
             keys = [f"{self.seed}/{step}/{i}".encode() for i in range(len(rows))]
             seeds = [int.from_bytes(hashlib.blake2b(k, digest_size=8).digest(), "little") >> 1 for k in keys]
-            samples = self._sample([r["ids"] for r in rows], seeds, o.temperature)
+            samples = self._sample([r["ids"] for r in rows], seeds, o.temperature, o.response_tokens)
         tokens = [t for t, _ in samples]
         scores = torch.tensor([self.data.score(r, t) for r, t in zip(rows, tokens)])
         groups = scores.view(-1, o.samples)
@@ -267,10 +277,10 @@ class Run:
             return {}
         return {"ladder/grad_norm_ratio": (own_sq / plain_sq) ** 0.5, "ladder/grad_cosine": dot / (own_sq * plain_sq) ** 0.5}
 
-    def validate(self) -> list[float]:
-        """The score of every held-out problem, greedy, without noise."""
+    def validate(self, tokens: int | None = None) -> list[float]:
+        """The score of every held-out problem, greedy, without noise, with replies of `tokens` (None: as in training)."""
         rows = self.data.val
-        samples = self._sample([r["ids"] for r in rows], [0] * len(rows), temperature=0.0)
+        samples = self._sample([r["ids"] for r in rows], [0] * len(rows), 0.0, tokens or self.options.response_tokens)
         return [self.data.score(row, tokens) for row, (tokens, _) in zip(rows, samples)]
 
     def go(self) -> int:
@@ -279,7 +289,8 @@ class Run:
         self._resume()
         try:
             if self.step == 0 and o.validate_every and not self.stop.is_set():
-                self._log(0, {accuracy: fmean(self.validate())})
+                untrained = {} if self.untrained is None else {"ladder/val_untrained": self.untrained}
+                self._log(0, {accuracy: fmean(self.validate()), **untrained})
             while self.step < o.steps and not self.stop.is_set():
                 began, step = time.perf_counter(), self.step + 1
                 batch, metrics = self.rollout(step)

@@ -80,6 +80,10 @@ class StoredRun:
             return self.log.records.get(0, {}).get(metric)
         return None
 
+    def untrained(self) -> float | None:
+        """Accuracy of the model before its supervised start, in BF16; None if there was none, or it was not measured."""
+        return self.log.records.get(0, {}).get("ladder/val_untrained") if self.log else None
+
     def steps_left_out(self) -> int:
         """Steps without an update, because the gradient was not finite."""
         return int(np.sum(~np.isfinite(self.log.series("actor/grad_norm")[1]))) if self.log else 0
@@ -251,6 +255,13 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
         "(Student's t over seeds; bootstrap of seeds and problems, "
         f"{RESAMPLES} resamples). Seconds: median of steps that only train, up to {shared} runs at once on the device.", "",
     ]  # fmt: skip
+    untrained = {value for run in everything if (value := run.untrained()) is not None}
+    if untrained:
+        told = ", ".join(f"{value:.3f}" for value in sorted(untrained))
+        lines += [
+            f"Before the supervised start, which all runs share, the model's accuracy in BF16 is {told} (replies of up to 48 tokens).",
+            "",
+        ]
     left_out = [f"{r.config['rung']}/seed{r.seed} {count}" for r in everything if (count := r.steps_left_out())]
     if left_out:
         lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
