@@ -258,10 +258,8 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     untrained = {value for run in everything if (value := run.untrained()) is not None}
     if untrained:
         told = ", ".join(f"{value:.3f}" for value in sorted(untrained))
-        lines += [
-            f"Before the supervised start, which all runs share, the model's accuracy in BF16 is {told} (replies of up to 48 tokens).",
-            "",
-        ]
+        text = f"Before the supervised start, which all runs share, the model's accuracy in BF16 is {told}"
+        lines += [f"{text} (replies of up to 48 tokens).", ""]
     left_out = [f"{r.config['rung']}/seed{r.seed} {count}" for r in everything if (count := r.steps_left_out())]
     if left_out:
         lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
