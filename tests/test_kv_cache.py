@@ -66,7 +66,7 @@ def test_blocks_are_the_quantisers(recipe, dtype):
 
 
 def test_error_is_nvfp4s():
-    """A power of two for a block loses nothing against a float32 scale: static 0.00906, searched 0.00660 of a Gaussian's energy."""
+    """A block's power of two loses nothing against a float32 scale: of a Gaussian's energy static 0.00906, searched 0.00660."""
     x = torch.randn(64, 8, 64, 64, generator=torch.Generator().manual_seed(2))
     for name, expected in (("nvfp4", 0.009059), ("nvfp4+search", 0.006600), ("mxfp4", 0.013306)):
         recipe = QuantRecipe.parse(name)
@@ -242,7 +242,7 @@ def test_what_cannot_be_cached_is_refused():
         QuantizedCache(model.config, KVCacheRecipe())
     with pytest.raises(RecipeError, match="power of two"):
         QuantizedCache(LlamaConfig(head_dim=48, attn_implementation=ATTENTION), KVCacheRecipe())
-    with pytest.raises(RecipeError, match="multiple of 32.*nvfp4"):
+    with pytest.raises(RecipeError, match=r"multiple of 32.*nvfp4"):
         QuantizedCache(LlamaConfig(head_dim=80), KVCacheRecipe("mxfp4", transform=None))
     from transformers import Gemma2Config
 

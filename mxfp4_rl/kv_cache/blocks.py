@@ -4,7 +4,7 @@ A block is the keys, or the values, of B tokens of one head, (B, D). Each is qua
 along the channels (Q K^T), values along the tokens (P V), so that a product in FP4 could read them as they are. NVFP4's
 second scale belongs to the block and is a power of two:
 
-    g = 2^ceil(log2(amax(block) / (6 * 256)))       s = E4M3(amax(16) / 6 / g), or searched from there       x_hat = E2M1 * s * g
+    g = 2^ceil(log2(amax(block) / (6 * 256)))     s = E4M3(amax(16) / 6 / g), or searched from there     x_hat = E2M1 * s * g
 
 It depends on nothing but the block, so a sequence's cache is the same whoever else is in the batch and however the prompt was
 cut, and it costs 8 bits for B * D values. With 256 in place of E4M3's 448 the largest s leaves an octave for the search above

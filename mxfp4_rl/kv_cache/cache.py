@@ -51,9 +51,10 @@ class QuantizedLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None = None):
-        """Take new tokens, (R, H, T, D), and return what attention reads: a `View`, twice, or keys and values (R, H, columns, D).
+        """Take new tokens, (R, H, T, D); return what attention reads.
 
-        `mask`: (R, T), false for padding; for the first call only.
+        `mask`: (R, T), false for padding; for the first call only. Returns a `View`, twice, or keys and values
+        (R, H, columns, D).
         """
         if self.recipe.transform:
             key_states = rotated(key_states)
