@@ -10,8 +10,19 @@ model.set_attn_implementation(ATTENTION)
 model(ids, attention_mask=mask, past_key_values=QuantizedCache(model.config, KVCacheRecipe(), mask), use_cache=True)
 """
 
-from mxfp4_rl.kv_cache.attention import ATTENTION
-from mxfp4_rl.kv_cache.cache import Memory, QuantizedCache
 from mxfp4_rl.kv_cache.recipe import KVCacheRecipe
 
 __all__ = ["ATTENTION", "KVCacheRecipe", "Memory", "QuantizedCache"]
+
+
+def __getattr__(name: str):
+    # Recipes are checked where neither torch nor transformers is wanted.
+    if name == "ATTENTION":
+        from mxfp4_rl.kv_cache.attention import ATTENTION
+
+        return ATTENTION
+    if name in ("Memory", "QuantizedCache"):
+        from mxfp4_rl.kv_cache import cache
+
+        return getattr(cache, name)
+    raise AttributeError(f"module 'mxfp4_rl.kv_cache' has no attribute {name!r}")

@@ -120,5 +120,13 @@ def why_no_kernel(recipe: KVCacheRecipe, head_dim: int) -> str | None:
     return None
 
 
+def path(recipe: KVCacheRecipe, head_dim: int, device: torch.device) -> str:
+    """What reads the cache for a single token, for logs."""
+    if device.type != "cuda":
+        return f"dequantised for every token on {device.type}"
+    why = why_no_kernel(recipe, head_dim)
+    return f"dequantised for every token ({why})" if why else "read packed by the Triton kernel"
+
+
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

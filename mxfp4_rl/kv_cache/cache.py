@@ -182,7 +182,7 @@ class QuantizedCache(Cache):
 
     def __init__(self, config, recipe: KVCacheRecipe | None = None, attention_mask: torch.Tensor | None = None):
         recipe = recipe or KVCacheRecipe()
-        check_model(config, recipe)
+        recipe.check_model(config)
         config = config.get_text_config(decoder=True)
         views = config._attn_implementation == ATTENTION
         if recipe.transform and not views:
@@ -248,17 +248,3 @@ class QuantizedCache(Cache):
             tokens = int(layer.layout.lengths.sum())
             bf16 += tokens * heads * width * 2 * 2
         return Memory(packed, sinks, open_, values, tokens, bf16)
-
-
-def check_model(config, recipe: KVCacheRecipe) -> None:
-    """Raise RecipeError if a model of this configuration cannot have such a cache."""
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if kinds or (window and not getattr(text, "layer_types", None)):
-        what = ", ".join(sorted(kinds)) or f"sliding_window={window}"
-        raise RecipeError(f"kv_cache: {type(text).__name__} has {what}; only full attention can be cached in 4 bits: use null")
-    if getattr(text, "num_kv_shared_layers", None):
-        raise RecipeError(f"kv_cache: layers of {type(text).__name__} share their keys and values: use null")
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    recipe.check_heads(width)

@@ -75,6 +75,19 @@ class KVCacheRecipe:
         if self.transform and head_dim & (head_dim - 1):
             raise RecipeError(f"kv_cache: transform='hadamard' needs a power of two of channels, not {head_dim}: use null")
 
+    def check_model(self, config) -> None:
+        """Raise RecipeError if a model of this transformers configuration cannot have such a cache."""
+        text = config.get_text_config(decoder=True)
+        name, kinds = type(text).__name__, getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        others = sorted(set(kinds or ()) - {"full_attention"})
+        if others or (window and not kinds):
+            what = ", ".join(others) or f"sliding_window={window}"
+            raise RecipeError(f"kv_cache: {name} has {what}; only full attention can be cached in 4 bits: use null")
+        if getattr(text, "num_kv_shared_layers", None):
+            raise RecipeError(f"kv_cache: layers of {name} share their keys and values: use null")
+        self.check_heads(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
     def describe(self) -> str:
         """One line for logs."""
         rotated = f", {self.transform} on queries and keys" if self.transform else ""
