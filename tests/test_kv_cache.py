@@ -217,6 +217,19 @@ def test_sampling_does_not_depend_on_the_batch():
     assert any(len(ids) > 20 for ids, _ in together)
 
 
+def test_transformers_own_generation_takes_it():
+    model, ids = llama(), tokens(2, 20).clamp(min=1)
+    outs = []
+    for recipe in (KVCacheRecipe(block=16), KVCacheRecipe(block=256)):  # the second one never packs
+        cache = QuantizedCache(model.config, recipe)
+        outs.append(
+            model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+        )
+    plain = model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(outs[1], plain) and outs[0].shape == plain.shape
+    assert cache.get_seq_length() == 49
+
+
 @pytest.mark.parametrize(
     "values, message",
     [

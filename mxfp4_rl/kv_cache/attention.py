@@ -93,7 +93,7 @@ def attention(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return attend(query.squeeze(2), view.stored(), scale).unsqueeze(1), None
         view.keys, view.values = view.layer.materialized(view.step)
-    elif view.step.after.later == 0 and module.layer_idx == 0:
+    elif view.step.after.later == 0 and getattr(module, "layer_idx", 0) == 0:
         _check_mask(attention_mask, view)
     return sdpa_attention_forward(
         module, query, view.keys, view.values, attention_mask, scaling=scaling, dropout=dropout, **kwargs

@@ -145,7 +145,8 @@ class Memory:
     """Bytes of a cache, and of the same tokens in BF16.
 
     Attributes:
-        packed: codes and scales of complete blocks. sinks, open: what is held as it came, room that is not filled included.
+        packed: codes and scales of complete blocks. sinks, open: what is held as it came. All with the room that is not filled:
+            short sequences have as many blocks as the longest of the batch.
         values: numbers that the packed blocks stand for. tokens: of all sequences. bf16: of those tokens' keys and values.
         bits_per_value: of the complete blocks, scales included; None where there is none yet.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class KVCacheRecipe:
         if self.transform not in TRANSFORMS:
             raise RecipeError(f"kv_cache: transform={self.transform!r} is not one of null, 'hadamard'")
 
-    @property
+    @functools.cached_property  # asked for by every layer at every token
     def quant(self) -> QuantRecipe:
         """How a block's keys (along the channels) and values (along the tokens) are quantised."""
         return QuantRecipe(format=self.format, scale_rule=self.scale_rule)

@@ -90,6 +90,23 @@ def measure(model, ids: torch.Tensor, variant: tuple | None, base: torch.Tensor 
     return row, loss
 
 
+def totals(config, dtype: torch.dtype) -> list[dict]:
+    """Bytes of the default cache over BF16's, one sequence of each length in one layer of such a model."""
+    heads, width = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+    rows = []
+    for length in (128, 512, 1024, 4096, 16384):
+        for block in (16, 64):
+            cache = QuantizedCache(config, KVCacheRecipe(block=block))
+            cache.update(*(torch.randn(1, heads, length, width).to(dtype) for _ in range(2)), 0)
+            memory = cache.memory()
+            parts = {"packed": memory.packed, "sinks": memory.sinks, "open": memory.open}
+            rows.append({"tokens": length, "block": block, "of_bf16": memory.total / memory.bf16, **parts})
+    return rows
+
+
 def won_back(rows: list[dict]) -> None:
     """Add to every row the share that it does not lose of what static NVFP4 without sinks, in blocks as long, loses."""
     bf16 = rows[0]["perplexity"]
@@ -115,12 +132,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def totals_table(rows: list[dict]) -> str:
+    """`totals` in markdown."""
+    by = {(r["tokens"], r["block"]): r for r in rows}
+    blocks = sorted({r["block"] for r in rows})
+    lines = [
+        "| tokens | " + " | ".join(f"blocks of {b}" for b in blocks) + " |",
+        "|---|" + "---|" * len(blocks),
+        *(
+            f"| {n} | " + " | ".join(f"{by[n, b]['of_bf16']:.3f}" for b in blocks) + " |"
+            for n in sorted({r["tokens"] for r in rows})
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint; the embedded SmolLM2-135M-Instruct if not given")
     parser.add_argument("--text", type=Path, help="a text file in UTF-8; Python's manual if not given")
     parser.add_argument("--windows", type=int, default=8, help="sequences of the batch")
     parser.add_argument("--length", type=int, default=1024, help="tokens of each")
+    parser.add_argument("--start", type=int, default=0, help="tokens of the text to leave out before them")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a folder for results.json and table.md")
@@ -134,9 +167,10 @@ def main() -> None:
     text, name = text_of(arguments.text)
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
     wanted = arguments.windows * arguments.length
+    ids = ids[arguments.start : arguments.start + wanted]
     if ids.numel() < wanted:
-        raise SystemExit(f"{name} has {ids.numel()} tokens, and {wanted} are asked for: give fewer --windows")
-    ids = ids[:wanted].view(arguments.windows, arguments.length).to(arguments.device)
+        raise SystemExit(f"{name} has {ids.numel()} tokens from {arguments.start} on, of {wanted}: give fewer --windows")
+    ids = ids.view(arguments.windows, arguments.length).to(arguments.device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).to(arguments.device).eval()
     model.set_attn_implementation(ATTENTION)
 
@@ -147,7 +181,9 @@ def main() -> None:
         rows.append(measure(model, ids, variant, base)[0])
         print(rows[-1], flush=True)
     won_back(rows)
-    print(table(rows))
+    sizes = totals(model.config, model.dtype)
+    tables = table(rows) + "\n" + totals_table(sizes)
+    print(tables)
     if arguments.out:
         results = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -158,12 +194,14 @@ def main() -> None:
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "windows": arguments.windows,
             "length": arguments.length,
+            "start": arguments.start,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "rows": rows,
+            "totals": sizes,
         }
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (arguments.out / "table.md").write_text(table(rows))
+        (arguments.out / "table.md").write_text(tables)
 
 
 if __name__ == "__main__":
