@@ -272,6 +272,9 @@ def test_a_forgotten_mask_is_refused():
     cache = QuantizedCache(model.config, KVCacheRecipe())
     with pytest.raises(NotImplementedError, match="cut"):
         cache.crop(3)
+    view, _ = cache.update(torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 4, 32), 0)
+    with pytest.raises(AttributeError, match="view, not a tensor with 'transpose'"):
+        view.transpose(1, 2)
 
 
 def test_plain_calls_are_sdpa():

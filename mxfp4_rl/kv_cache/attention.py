@@ -43,6 +43,12 @@ class View:
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
+    def __getattr__(self, name: str):  # what a view lacks, a tensor may have
+        raise AttributeError(
+            f"a 4-bit KV cache gives attention a view, not a tensor with {name!r}: this model works on its keys after the "
+            "cache, so keep it in BF16 (mxfp4.kv_cache=null)"
+        )
+
     def stored(self) -> Stored:
         """The packed form, for a call of one token."""
         layer, step = self.layer, self.step
