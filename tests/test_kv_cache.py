@@ -242,6 +242,7 @@ def test_transformers_own_generation_takes_it():
         ({"sink": -1}, "try 4"),
         ({"transform": "dct"}, "null, 'hadamard'"),
         ({"sinks": 4}, "did you mean 'sink'"),
+        (3, "block of keys"),
     ],
 )
 def test_wrong_recipes_are_refused(values, message):
