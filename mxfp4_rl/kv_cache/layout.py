@@ -141,13 +141,11 @@ class Step:
         rows agree. Padding takes place 0."""
         if self._index is None:
             after, packed = self.after, self.packed.cpu().long()[:, None]
-            first = after.origin.shape[1]
             lengths = (after.lengths - after.later)[:, None]
             token = torch.cat((after.origin, lengths + torch.arange(after.later)[None]), dim=1)
             q = token - after.sink
             at = torch.where(q < packed * after.block, q, q - packed * after.block + self.blocks_before * after.block)
             index = torch.where(token < after.sink, token, at + after.sink).clamp_(min=0)
-            assert index.shape[1] == first + after.later
             if index.shape[0] and (index == index[:1]).all():
                 index = index[0]
             self._index = index.to(self.lengths.device)
