@@ -6,10 +6,11 @@ distribution function's inverse at one uniform number, from a generator seeded b
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import Cache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def generate(
     sampling: Sampling,
     stop_ids: set[int],
     pad_id: int,
+    cache: Callable[[torch.Tensor], Cache] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Sample one response for every prompt.
 
@@ -49,6 +51,7 @@ def generate(
         prompts: token ids; equal prompts are prefilled once.
         max_new_tokens, seeds: one for every prompt.
         stop_ids: a response ends with the first of these, which is part of it.
+        cache: makes the KV cache from the prompts' attention mask (rows, columns); None is the model's own.
 
     Returns:
         For every prompt the new token ids and their log-probabilities under the sampled distribution (after temperature and
@@ -68,11 +71,12 @@ def generate(
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
+        past_key_values=cache and cache(mask),
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = out.past_key_values
-    cache.batch_select_indices(row)
+    held = out.past_key_values
+    held.batch_select_indices(row)
     logits, mask, ids = out.logits[row, -1], mask[row], ids[row]
 
     warper = sampling.warper()
@@ -99,7 +103,7 @@ def generate(
             return list(zip(tokens, log_probs, strict=True))
         if len(going) < len(active):  # finished requests leave the batch
             keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
+            held.batch_select_indices(keep)
             choice, mask, ids = choice[keep], mask[keep], ids[keep]
             active = [active[p] for p in going]
         ids = torch.cat((ids, choice.unsqueeze(-1)), dim=-1)
@@ -108,7 +112,7 @@ def generate(
             input_ids=ids[:, -1:],
             attention_mask=mask,
             position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
+            past_key_values=held,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -3,6 +3,7 @@
 enable: true
 recipe: {...}              a QuantRecipe for every operand; weight, activation, grad over it; ModelRecipe's fields
 quantize_reference: false  quantise the reference policy too
+kv_cache: {...}            a KVCacheRecipe for the rollout's past tokens, or null for BF16
 aqn: {enable, sigma_start, sigma_end, stages, seed}
 monitor: {every, max_rows, layers}
 mismatch: {k3_kl, stop}    when trainer and rollout are too far apart
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mxfp4_rl.kv_cache.recipe import KVCacheRecipe
 from mxfp4_rl.monitor.alerts import Band
 from mxfp4_rl.recipe import ModelRecipe, RecipeError, check_keys, plain
 
@@ -81,8 +83,9 @@ class MismatchSettings:
 
     Args:
         k3_kl: limit for verl's `rollout_corr/k3_kl`. null: 2 where activations are quantised (their codes flip with the last
-            bit of another attention kernel, so a small model has a high floor of its own); else 0.02, and 2000 sigma^2 for
-            the noise that the rollout alone has (AQN; SmolLM2-135M in FP32 measured 530 to 650 sigma^2).
+            bit of another attention kernel, so a small model has a high floor of its own), and where the KV cache is; else
+            0.02, and 2000 sigma^2 for the noise that the rollout alone has (AQN; SmolLM2-135M in FP32 measured 530 to 650
+            sigma^2).
         stop: end the run at the limit instead of printing an alarm.
     """
 
@@ -95,7 +98,7 @@ class MismatchSettings:
             raise RecipeError(f"mxfp4.mismatch.k3_kl={self.k3_kl!r} must be a positive number, or null for the default")
 
     def limit(self, quantises_activations: bool, sigma: float = 0.0) -> float:
-        """The limit of a step whose rollout had noise of `sigma`."""
+        """The limit of a step whose rollout had noise of `sigma`; a quantised KV cache counts as activations."""
         if self.k3_kl is not None:
             return self.k3_kl
         return 2.0 if quantises_activations else 0.02 + 2000 * sigma**2
@@ -186,6 +189,7 @@ class Settings:
     enable: bool = False
     recipe: ModelRecipe = field(default_factory=ModelRecipe)
     quantize_reference: bool = False
+    kv_cache: KVCacheRecipe | None = None
     aqn: AQNSettings = field(default_factory=AQNSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     mismatch: MismatchSettings = field(default_factory=MismatchSettings)
@@ -219,6 +223,7 @@ class Settings:
             values[name] = kind(**given)
         if not isinstance(values.get("run_dir"), str | None):
             raise RecipeError(f"mxfp4.run_dir={values['run_dir']!r} must be a path (quote one that is a number), or null")
+        values["kv_cache"] = KVCacheRecipe.from_dict(values.get("kv_cache"), "mxfp4.kv_cache")
         values["recipe"] = ModelRecipe.from_dict(values.get("recipe"), "mxfp4.recipe")
         return cls(**values)
 

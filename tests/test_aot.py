@@ -33,6 +33,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)
 
+from mxfp4_kernels.attention.decode import attend
 from mxfp4_kernels.container.triton import containers
 from mxfp4_kernels.error_stats.triton import partial_sums
 from mxfp4_kernels.matmul import fp8, grouped, native, w8a8
@@ -44,6 +45,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mxfp4_rl import QuantRecipe
+from mxfp4_rl.kv_cache.blocks import Blocks, Stored
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
 PLAIN, MBS, BOTH = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of0.5"))
@@ -153,6 +155,19 @@ def tensor(rows, length, axis=1, macro_size=0):
 def native_product(capability, N, residual=False, bias=None, out_dtype=torch.bfloat16):
     a, b = quantised(512, 4096, residual), quantised(N, 4096)
     return native.multiply(a, b, out_dtype, bias, **native.tiling(capability, N))
+
+
+def held(width, block, name="nvfp4", heads=8, room=8):
+    """A KV cache of 4 sequences."""
+    recipe, lead = QuantRecipe.parse(name), (4, heads, room)
+
+    def blocks(rows, length):
+        sizes = (rows, length // 2), (rows, length // recipe.block_size), ()
+        stored = [meta(*lead, *size, dtype=torch.uint8) for size in sizes]
+        return Blocks(*stored[:2], stored[2] if name == "nvfp4" else None)
+
+    dense = [meta(4, heads, n, width) for n in (4, 4, block, block)]
+    return Stored(blocks(block, width), blocks(width, block), *dense, *(meta(4, dtype=torch.int32) for _ in range(2)), recipe)
 
 
 CASES = [
@@ -290,6 +305,20 @@ CASES = [
         ),
         expect={"_tokens_kernel": TO_FP8, "_wgrad_kernel": WGMMA_FP8},
         spilling={"_wgrad_kernel": 123},
+    ),
+    *(
+        Case(
+            f"attention, {name}, heads of {width}, blocks of {block}",
+            lambda name=name, width=width, block=block: attend(meta(4, 32, width), held(width, block, name), 0.1),
+            capabilities,
+            {"partial_kernel": MMA},
+        )
+        for name, width, block, capabilities in (
+            ("nvfp4", 64, 16, (80, 90)),
+            ("nvfp4", 128, 64, (80, 90)),
+            ("mxfp4", 128, 64, (90,)),
+            ("nvfp4", 256, 64, (90,)),
+        )
     ),
     Case("native product, emulated", lambda: native_product(9, 1024), expect={"_product_kernel": WGMMA}),
 ]

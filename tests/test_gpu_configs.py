@@ -53,6 +53,7 @@ def test_lora_adapters_and_plain_bf16_are_fine():
         (f"{ROLLOUT}.dtype=float16", "use bfloat16"),
         (f"{ROLLOUT}.checkpoint_engine.backend=nccl", "use naive"),
         ("trainer.device=cpu", "CPU"),
+        ("mxfp4.kv_cache={block: 32}", "missing is an attention backend"),
         ("actor_rollout_ref.model={lora_rank: 8, lora: {merge: true}}", "merge=false"),
     ],
 )

@@ -156,3 +156,17 @@ def test_published_order_on_gaussian_data():
     assert rel_mse(x, P("nvfp4+search")) / base - 1 == pytest.approx(-0.27, abs=0.005)
     assert rel_mse(x, P("nvfp4+four-over-six")) / base - 1 == pytest.approx(-0.165, abs=0.005)
     assert rel_mse(x, P("nvfp4+search")) < rel_mse(x, P("nvfp4+soar")) < rel_mse(x, P("nvfp4+four-over-six")) < base
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4+search"])
+def test_a_tensor_scale_can_be_given(name):
+    """The tensor's own scale gives the same bits; another one is used and stored; where there is none it is refused."""
+    x = randn(8, 64)
+    own = quantize(x, P(name))
+    again = quantize(x, P(name), tensor_scale=own.tensor_scale.item())
+    assert torch.equal(own.codes, again.codes) and torch.equal(own.scales, again.scales)
+    other = quantize(x, P(name), tensor_scale=0.5)
+    assert other.tensor_scale == 0.5 and (other.dequantize() - x).abs().max() < 1
+    for wrong in ("mxfp4", "nvfp4+soar"):
+        with pytest.raises(ValueError, match=r"tensor_scale=0\.5 is for nvfp4's rules but soar"):
+            quantize(x, P(wrong), tensor_scale=0.5)

@@ -174,6 +174,25 @@ def test_samples_repeat_in_a_step_and_differ_between_steps(checkpoint):
     assert len(set(map(tuple, runs[0][0]))) > 1
 
 
+def test_the_kv_cache_can_be_packed(checkpoint):
+    """Samples repeat; the first token is that of the BF16 cache (a prompt sees itself as it came), later ones may differ."""
+    state, _ = weights_of(checkpoint)
+    drawn = {}
+    for name, cache in (("bf16", None), ("packed", {"block": 16, "sink": 1}), ("again", {"block": 16, "sink": 1})):
+        settings = Settings.from_config({"enable": True, "recipe": SETTINGS.recipe.to_dict(), "kv_cache": cache})
+        rollout = rollout_model(checkpoint, settings, None, torch.float32)
+        rollout.load(state, 0)
+        drawn[name] = rollout.sample([[5, 6, 7] * 8, [8, 9]], [40, 40], Sampling(), [0, 1])
+        assert (cache is None) == (rollout.make_cache is None)
+    assert drawn["packed"] == drawn["again"]
+    for (_, plain, _), (_, packed, _) in zip(drawn["bf16"], drawn["packed"], strict=True):
+        assert packed[0] == pytest.approx(plain[0], abs=1e-5)
+    assert drawn["packed"] != drawn["bf16"]
+    assert rollout.describe_cache() == (
+        "nvfp4 search in blocks of 16 tokens, 1 sinks, hadamard on queries and keys; dequantised for every token on cpu"
+    )
+
+
 def test_weights_that_do_not_fit_are_refused(checkpoint):
     state, actor = weights_of(checkpoint)
     rollout = rollout_model(checkpoint, SETTINGS, None, torch.bfloat16)

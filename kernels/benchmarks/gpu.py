@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attention
 import decode
 import dense
 import experts
@@ -32,6 +33,7 @@ def sections(tiny: bool) -> dict[str, Callable[[], Iterator[Row]]]:
             "sweep": lambda: dense.sweep((name, shape), (1,)),
             "steps": lambda: dense.steps(shapes.TINY, 16),
             "decode": lambda: decode.products(shapes.TINY, (2,)),
+            "attention": lambda: attention.products({"tiny": (4, 2, 32)}, ((2, 100),)),
             "experts": lambda: experts.products(shapes.TINY, 3, (48,)),
         }
     of_experts = tuple(tokens * shapes.EXPERTS_PER_TOKEN for tokens in (1, 64, 1024, shapes.TOKENS))
@@ -42,6 +44,7 @@ def sections(tiny: bool) -> dict[str, Callable[[], Iterator[Row]]]:
         "sweep": lambda: dense.sweep((swept, shapes.DENSE[swept]), shapes.SWEEP),
         "steps": lambda: dense.steps(shapes.DENSE, shapes.TOKENS),
         "decode": lambda: decode.products({**shapes.SQUARE, **shapes.DENSE}, (1, 4, 16, 32, 64)),
+        "attention": lambda: attention.products(attention.HEADS, attention.SIZES),
         "experts": lambda: experts.products(shapes.EXPERTS, shapes.EXPERT_COUNT, of_experts),
     }
 

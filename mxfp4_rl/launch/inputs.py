@@ -104,6 +104,11 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
         report = plan(model, settings.recipe)
     except RecipeError as error:
         raise LaunchError(f"mxfp4.recipe does not fit {path}: {error}") from error
+    try:
+        if settings.kv_cache is not None:
+            settings.kv_cache.check_model(model_config)
+    except RecipeError as error:
+        raise LaunchError(f"mxfp4.kv_cache does not fit {path}: {error}") from error
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT and (experts := fused_experts(model)):
         raise LaunchError(
             f"{path} keeps its experts in fused tensors ({experts[0]}), which MXFP4 in vLLM does not reach yet: use "

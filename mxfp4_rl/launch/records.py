@@ -92,6 +92,7 @@ def print_header(run: PreparedRun) -> None:
         "model": run.config["actor_rollout_ref"]["model"]["path"],
         "recipe": settings.recipe.describe() if settings.enable else "off: plain verl",
         "quantised": run.quantised,
+        "KV cache": settings.kv_cache.describe() if settings.enable and settings.kv_cache else None,
         "AQN": noise if settings.enable and aqn.enable else "off",
         "steps": f"{run.total_steps or 'known to verl only'}, {prompts} prompts x {samples} samples",
         "device": f"{trainer['nnodes']} x {trainer['n_gpus_per_node']} {trainer['device']}, {ray}",

@@ -59,6 +59,12 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
                 f"actor_rollout_ref.{where}.mxfp4 is not the mxfp4 block of the run: trainer and rollout would be two "
                 f"different models; set it to ${{mxfp4}}, as configs/mxfp4.yaml does, {off}"
             )
+    if settings.kv_cache is not None and rollout.name != HF_ROLLOUT:
+        raise LaunchError(
+            f"mxfp4.kv_cache with actor_rollout_ref.rollout.name={rollout.name}: only {HF_ROLLOUT} has a 4-bit KV cache. "
+            "vLLM's attention reads pages in BF16 or FP8; missing is an attention backend for it whose pages hold packed "
+            f"blocks, sinks and an open block. Set mxfp4.kv_cache=null, or rollout.name={HF_ROLLOUT}"
+        )
     if rollout.name == VLLM_ROLLOUT:
         check_vllm(config, off)
     if actor.strategy != "fsdp2":

@@ -51,19 +51,25 @@ def tensor_scale(amax: torch.Tensor, rule: str) -> torch.Tensor:
 
 
 class NVFP4Quantizer:
-    """Quantises the rows of one tensor, chunk by chunk, with the tensor's scale `tensor_scale` (float32 ())."""
+    """Quantises the rows of one tensor, chunk by chunk, with the tensor's scale `tensor_scale` (float32 ()).
 
-    def __init__(self, recipe: QuantRecipe, rows: Rows, seed: int | None):
+    `fixed_scale` takes the place of the scale that the tensor would get.
+    """
+
+    def __init__(self, recipe: QuantRecipe, rows: Rows, seed: int | None, fixed_scale: float | None = None):
         self.recipe, self.seed = recipe, seed
         self.tile_rows = recipe.tile_rows
+        self._blocks = rows.blocks * recipe.block_size
+        self._chosen = None  # codes (rows, blocks) that were chosen for the tensor as a whole
+        if fixed_scale is not None:
+            self.tensor_scale = torch.full((), fixed_scale, device=rows.flat.device)
+            return
         amax = rows.block_amax()
         self.tensor_scale = tensor_scale(amax, recipe.scale_rule)
-        self._chosen = None  # codes (rows, blocks) that were chosen for the tensor as a whole
         if recipe.scale_rule == "soar":
             from mxfp4_rl.quant.soar import soar_scales
 
             self.tensor_scale, self._chosen = soar_scales(rows, amax)
-        self._blocks = rows.blocks * recipe.block_size
 
     def chunk(self, b: Scratch, start: int) -> Chunk:
         """Quantise b.x, (R, blocks, block_size), whose first element is element `start`; overwrites all buffers."""

@@ -27,7 +27,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def quantize(
-    x: torch.Tensor, recipe: QuantRecipe | None = None, axis: int = -1, backend: str | None = None, seed: int | None = None
+    x: torch.Tensor,
+    recipe: QuantRecipe | None = None,
+    axis: int = -1,
+    backend: str | None = None,
+    seed: int | None = None,
+    tensor_scale: float | None = None,
 ) -> QuantizedTensor:
     """Quantise `x` along `axis`.
 
@@ -37,20 +42,23 @@ def quantize(
         axis: the contraction axis of the product that consumes `x`; it need not be a multiple of the block size.
         backend: "reference", "triton", or None for the best one for the tensor's device and the recipe.
         seed: of stochastic rounding, 64 bits; None draws one from PyTorch's default generator.
+        tensor_scale: g of nvfp4, for who keeps one elsewhere (`mxfp4_rl.kv_cache`); None takes it from `x`.
 
     Returns:
         MXFP4Tensor or NVFP4Tensor, by the recipe's format.
 
     Raises:
         TypeError: `x` is not one of the floating types above. IndexError: no such axis. ValueError: a backend that does not
-        exist, is not there, or does not know the recipe.
+        exist, is not there, or does not know the recipe; a tensor scale for a recipe that has none or chooses its own.
     """
     recipe = recipe or QuantRecipe()
     check(x, axis)
+    if tensor_scale is not None and (recipe.format != "nvfp4" or recipe.scale_rule == "soar"):
+        raise ValueError(f"tensor_scale={tensor_scale!r} is for nvfp4's rules but soar, not {recipe.describe()}: give None")
     if kernels := triton_module(_KERNELS, x, recipe, backend):
         return kernels.packed(x.detach(), recipe, axis % x.ndim)
     rows = Rows(x.detach(), axis, recipe)
-    quantizer, chunks = _passes(rows, recipe, seed)
+    quantizer, chunks = _passes(rows, recipe, seed, tensor_scale=tensor_scale)
 
     def store(width, dtype=torch.uint8):
         return torch.empty(rows.count, width, dtype=dtype, device=x.device)
@@ -118,11 +126,12 @@ def passes(
     return rows, _passes(rows, recipe, seed, keep_source=True)[1]
 
 
-def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False):
+def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False, tensor_scale: float | None = None):
     """The tensor's quantiser, and an iterator over (rows or the chunk's source, Chunk)."""
     if seed is None and recipe.rounding == "stochastic":
         seed = int(torch.randint(2**63 - 1, ()))
-    quantizer = _QUANTIZERS[recipe.format](recipe, rows, seed)
+    fixed = {} if tensor_scale is None else {"fixed_scale": tensor_scale}
+    quantizer = _QUANTIZERS[recipe.format](recipe, rows, seed, **fixed)
 
     def chunks():
         for r, b in rows.chunks():

@@ -6,6 +6,7 @@ the clean norm weights beside the noisy ones (AQN), so validation switches the n
 """
 
 import asyncio
+import functools
 import hashlib
 import os
 import time
@@ -65,14 +66,29 @@ class RolloutModel:
         # a batch of products with that many copies of it (3.6 GB for 64 rows and a vocabulary of 49k).
         self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         self.report = convert_for_rollout(self.model, settings.recipe) if settings.enable else None
+        self.make_cache = None  # of transformers' own
+        if settings.enable and settings.kv_cache is not None:
+            from mxfp4_rl.kv_cache import ATTENTION, QuantizedCache
+
+            settings.kv_cache.check_model(self.model.config)
+            self.model.set_attn_implementation(ATTENTION)
+            self.make_cache = functools.partial(QuantizedCache, self.model.config, settings.kv_cache)
         self.model.to(device)
-        self.dtype, self.seed, self.schedule = dtype, seed, schedule
+        self.settings, self.dtype, self.seed, self.schedule = settings, dtype, seed, schedule
         self.noise_targets = noise_targets(self.model) if schedule else []
         self.clean: dict[str, torch.Tensor] = {}
         self._noise_on = True
         self.global_steps: int | None = None
         self._drawn: Counter = Counter()
         self.stop_ids, self.pad_id = stop_ids, pad_id
+
+    def describe_cache(self) -> str:
+        """How past tokens are kept, and what reads them for the next one."""
+        from mxfp4_rl.kv_cache.attention import path
+
+        text = self.model.config.get_text_config(decoder=True)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return f"{self.settings.kv_cache.describe()}; {path(self.settings.kv_cache, width, self.model.device)}"
 
     def packed_layers(self) -> list:
         """The layers whose weights come as codes."""
@@ -137,7 +153,7 @@ class RolloutModel:
             self._drawn[key] += 1
             text = f"{self.seed}/{self.global_steps}/{key}/{numbers[-1]}"
             seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
-        samples = generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id)
+        samples = generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id, self.make_cache)
         return [(*sample, number) for sample, number in zip(samples, numbers, strict=True)]
 
 
@@ -198,6 +214,8 @@ class MXFP4Server:
         self._says_path = self.rollout.report is not None and replica_rank == 0  # once it has weights
         if self._says_path:
             print(f"[mxfp4] rollout: {self.rollout.report.describe()}", flush=True)
+            if settings.kv_cache is not None:
+                print(f"[mxfp4] rollout: KV cache {self.rollout.describe_cache()}", flush=True)
         self._waiting = Waiting(config.max_num_seqs)
         self._worker = ThreadPoolExecutor(1)  # model calls and weight loads, strictly one after the other
         self._loop_task = None

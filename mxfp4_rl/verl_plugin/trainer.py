@@ -154,7 +154,8 @@ class MXFP4TrainerSync(PPOTrainerSync):
         return batch
 
     def _mismatch_limit(self, metrics: dict) -> float:
-        return self.settings.mismatch.limit(self.settings.recipe.activation is not None, metrics.get("mxfp4/aqn_sigma", 0.0))
+        quantises = self.settings.recipe.activation is not None or self.settings.kv_cache is not None
+        return self.settings.mismatch.limit(quantises, metrics.get("mxfp4/aqn_sigma", 0.0))
 
     def _stop_at_mismatch(self, metrics: dict) -> None:
         """End the run where trainer and rollout are two different models: rounding differs a little, another recipe a lot."""

@@ -13,7 +13,7 @@ from tests.kernels.common import GPU  # isort: skip  (skips this file where kern
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "kernels" / "benchmarks"
-MODULES = ("decode", "dense", "experts", "gpu", "marlin", "quantize", "report", "shapes", "tensors", "timing")
+MODULES = ("attention", "decode", "dense", "experts", "gpu", "marlin", "quantize", "report", "shapes", "tensors", "timing")
 ABOUT = {"date": "2026-01-02", "device": "NVIDIA H100 80GB HBM3", "torch": "2.9.0", "triton": "3.5.0", "python": "3.12.3"}
 
 
@@ -136,9 +136,9 @@ def test_without_bf16_there_is_no_ratio(gpu, monkeypatch):
         return measured(section, case, variant, (lambda: 1 / 0) if variant == "BF16" else ms, rival, *rest, **others)
 
     measured = gpu.report.measured
-    for module in (gpu.dense, gpu.decode, gpu.experts):
+    for module in (gpu.dense, gpu.decode, gpu.attention, gpu.experts):
         monkeypatch.setattr(module, "measured", only_packed)
-    for section in ("products", "steps", "decode", "experts"):
+    for section in ("products", "steps", "decode", "attention", "experts"):
         rows = list(gpu.sections(True)[section]())
         assert any(row.ms for row in rows) and not any(row.ratio for row in rows)
         assert all(row.error.startswith("ZeroDivisionError") for row in rows if row.variant == "BF16")
@@ -188,7 +188,8 @@ def test_every_section_ends_in_tables_json_and_a_roofline(tmp_path):
         "Forward product",
         "Forward with",
         "Step of a layer",
-        "Decode",
+        "Decode, ",
+        "Decode attention",
         "Grouped forward",
         "Grouped wgrad",
     ):
