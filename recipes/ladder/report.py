@@ -212,7 +212,7 @@ def missing_runs(by_rung: dict[str, list[StoredRun]], rungs: list[str], seeds: i
     out = []
     for name in rungs:
         stored = {run.seed: run for run in by_rung.get(name, [])}
-        for seed in sorted({*range(seeds), *stored}):
+        for seed in sorted({*range(seeds), *stored} or {0}):
             state = stored[seed].state if seed in stored else "not started"
             if state != "done":
                 out.append(f"{name}, seed {seed}: {state}")
@@ -223,7 +223,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     """Write the page of the runs in `out`, and its figures to a folder of the page's name beside it; returns the page.
 
     Args:
-        rungs, seeds: what should be there; the ladder, and every seed that some run has.
+        rungs, seeds: what should be there beside the runs that are; the ladder by default.
 
     Raises:
         ValueError: as `load_runs`.
@@ -233,7 +233,6 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     by_rung = load_runs(out)
     everything = [run for runs in by_rung.values() for run in runs]
     rungs = [*dict.fromkeys([r.name for r in GROUPS["ladder"]] + (rungs or []) + list(by_rung))]
-    seeds = max(seeds, 1 + max(run.seed for run in everything))
     baseline = by_rung.get(BASELINE, [])
     options = everything[0].config["options"]
     missing = missing_runs(by_rung, rungs, seeds)
@@ -309,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the runner's --out")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--seeds", type=int, default=0, help="seeds that there should be; default: as many as any rung has")
+    parser.add_argument("--seeds", type=int, default=0, help="seeds that each rung should have; default: those it has")
     arguments = parser.parse_args()
     print(write_report(arguments.runs, arguments.out, seeds=arguments.seeds))
 
