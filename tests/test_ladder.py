@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections import defaultdict
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -216,7 +217,9 @@ def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
     assert (out / "w4a4+mbs/seed0/state.pt").is_file() and not (out / "w4a4+mbs/seed0/done.json").is_file()
     assert len(list((out / "warmup").glob("*.pt"))) == 1  # made by one, read by the other
     page = report.write_report(out, out / "half.md")
-    assert "w4a4+mbs, seed 0: at step" in page.read_text()
+    text = page.read_text()
+    assert "w4a4+mbs, seed 0: at step" in text and "| W4A4 + MBS | 0." in text.split("## On the way")[1]
+    assert datetime.now(timezone.utc).date().isoformat()[:8] in text  # when they ran
 
     setting = [f"{k}={json.dumps(v)}" for k, v in vars(options).items()]
     command = ["--out", str(out), "--rungs", "bf16", "w4a4+mbs", "--seeds", "1", "--jobs", "2", "--set", *setting]

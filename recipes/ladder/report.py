@@ -12,6 +12,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,49 @@ def _row(name: str, runs: list[StoredRun], baseline: list[StoredRun]) -> list[st
     return [runs[0].config["label"], seeds, start, *numbers, f"{weight} / {activation}", timing]
 
 
+def _on_the_way(by_rung: dict[str, list[StoredRun]]) -> list[str]:
+    """Validation accuracy at the steps where it was measured, mean over the seeds that got there."""
+    series = {
+        name: [run.log.series(m) for run in runs if run.log for m in run.log.validation_metrics().values()]
+        for name, runs in by_rung.items()
+    }
+    steps = sorted({int(step) for all_seeds in series.values() for own, _ in all_seeds for step in own})
+
+    def cell(all_seeds, step):
+        values = [value for own, scores in all_seeds for s, value in zip(own, scores) if s == step]
+        return f"{np.mean(values):.3f} ({len(values)})" if values else ""
+
+    rows = [[runs[0].config["label"], *(cell(series[name], step) for step in steps)] for name, runs in by_rung.items()]
+    return _table(["rung", *(f"step {step}" for step in steps)], rows)
+
+
+_MECHANISM = {  # what a correction is said to repair: title -> metric
+    "gradient's cosine with BF16's": "ladder/grad_cosine",
+    "its norm over BF16's": "ladder/grad_norm_ratio",
+    "k3 KL of rollout and trainer": "rollout_corr/k3_kl",
+    "groups without signal": "critic/groups_without_signal",
+    "activations: scale bias": "mxfp4/activation/scale_bias",
+    "deadzone": "mxfp4/activation/deadzone",
+    "grid noise": "mxfp4/activation/grid_noise",
+    "error left": "mxfp4/activation/rel_mse",
+}
+
+
+def _mechanism(by_rung: dict[str, list[StoredRun]]) -> list[str]:
+    """Means over steps and seeds of what the corrections are to repair; entropy of the first and of the last quarter."""
+
+    def mean(runs: list[StoredRun], metric: str, part: slice = slice(None)) -> str:
+        values = [v for run in runs if run.log for v in run.log.series(metric)[1][part] if np.isfinite(v)]
+        return f"{np.mean(values):.3g}" if values else ""
+
+    rows = []
+    for runs in by_rung.values():
+        quarter = runs[0].config["options"]["steps"] // 4
+        entropy = f"{mean(runs, 'actor/entropy', slice(0, quarter))}, {mean(runs, 'actor/entropy', slice(3 * quarter, None))}"
+        rows.append([runs[0].config["label"], *(mean(runs, metric) for metric in _MECHANISM.values()), entropy])
+    return _table(["rung", *_MECHANISM, "entropy, first and last quarter"], rows)
+
+
 def _interval(ends: tuple[float, float]) -> str:
     return f"{ends[0]:+.3f} to {ends[1]:+.3f}"
 
@@ -219,11 +263,13 @@ def missing_runs(by_rung: dict[str, list[StoredRun]], rungs: list[str], seeds: i
     return out
 
 
-def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: int = 0) -> Path:
+def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: int = 0, preface: Path | None = None) -> Path:
     """Write the page of the runs in `out`, and its figures to a folder of the page's name beside it; returns the page.
 
     Args:
         rungs, seeds: what should be there beside the runs that are; the ladder by default.
+
+        preface: Markdown that the page begins with, in place of the title.
 
     Raises:
         ValueError: as `load_runs`.
@@ -237,10 +283,12 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     options = everything[0].config["options"]
     missing = missing_runs(by_rung, rungs, seeds)
 
-    lines = ["# The ladder: RL from BF16 to MXFP4", "", "Written by `python recipes/ladder/report.py`; do not edit.", ""]
+    lines = preface.read_text().splitlines() if preface else ["# The ladder: RL from BF16 to MXFP4"]
+    lines += ["", "Tables and figures are written by `python recipes/ladder/report.py`; do not edit.", ""]
     lines += [
         f"Model {Path(options['model']).name}, task {json.dumps(options['task'])}, {options['steps']} steps of "
-        f"{options['prompts']} prompts x {options['samples']} samples. All options: `{json.dumps(options)}`.", "",
+        f"{options['prompts']} prompts x {options['samples']} samples{_days(everything)}. "
+        f"All options: `{json.dumps(options)}`.", "",
     ]  # fmt: skip
     lines += [f"**Missing: {len(missing)} runs.** Numbers below are of those that are at their end.", ""] if missing else []
     lines += [f"* {line}" for line in missing] + [""] * bool(missing)
@@ -262,6 +310,14 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     left_out = [f"{r.config['rung']}/seed{r.seed} {count}" for r in everything if (count := r.steps_left_out())]
     if left_out:
         lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
+    stored = {name: by_rung[name] for name in rungs if name in by_rung}
+    lines += ["## On the way", "", *_on_the_way(stored), "", "Mean over seeds, their number in brackets.", ""]
+    lines += ["## What each correction did", "", *_mechanism(stored), ""]
+    lines += [
+        "Means over all steps (those that were measured) and seeds, cut-off runs included. Gradients are compared on the same "
+        "samples and weights; an operand's components are those of its first pass, in parts of its energy, and the error left "
+        "is that of all passes.", "",
+    ]  # fmt: skip
     figures = page.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     for group, members in {**GROUPS, "other": []}.items():
@@ -294,6 +350,12 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     return page
 
 
+def _days(runs: list[StoredRun]) -> str:
+    began = sorted(s["began"] for run in runs for s in run.sessions)
+    days = dict.fromkeys(datetime.fromtimestamp(t, timezone.utc).date().isoformat() for t in began)
+    return f", run on {', '.join(days)}" if days else ""
+
+
 def _provenance(runs: list[StoredRun]) -> list[str]:
     config = runs[0].config
     revisions = {s["git"] for run in runs for s in run.sessions} or {config["git"]}
@@ -309,8 +371,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="the runner's --out")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--seeds", type=int, default=0, help="seeds that each rung should have; default: those it has")
-    arguments = parser.parse_args()
-    print(write_report(arguments.runs, arguments.out, seeds=arguments.seeds))
+    parser.add_argument("--preface", type=Path, help="Markdown that the page begins with")
+    a = parser.parse_args()
+    print(write_report(a.runs, a.out, seeds=a.seeds, preface=a.preface))
 
 
 if __name__ == "__main__":
