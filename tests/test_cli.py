@@ -622,7 +622,8 @@ def test_killed_launcher_takes_the_run_with_it(tmp_path, model_dir):
     child = [p for p in psutil.process_iter() if "fake_watched.py" in _command(p)]
     wait_for(lambda: not any(is_running(p.pid) for p in child), seconds=8)
     assert_nothing_left(tmp_path)
-    assert LiveRun(tmp_path / "run").status()["state"] == "died"
+    status = LiveRun(tmp_path / "run").status()
+    assert status["state"] == "died" and status["failure"].startswith("the launcher was killed")
 
 
 def test_crash_shows_the_cause(tmp_path, model_dir, capfd):
