@@ -59,7 +59,8 @@ def _check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise LaunchError(
             f"{MODEL_KEY}={folder} has no config.json: give the folder of a transformers checkpoint "
-            "(of a verl checkpoint, its huggingface/ folder after `verl.model_merger`)"
+            "(of a verl checkpoint what `verl.model_merger` wrote, or its actor/huggingface where "
+            "actor_rollout_ref.actor.checkpoint.save_contents holds hf_model)"
         )
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
         raise LaunchError(f"{MODEL_KEY}={folder} has no weights (*.safetensors or *.bin): is the download complete?")
