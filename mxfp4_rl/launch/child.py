@@ -64,7 +64,7 @@ def run_verl(config_path: str) -> None:
     if not config.trainer.use_v1:
         raise ValueError("trainer.use_v1=false: mxfp4-rl extends verl's V1 trainer; remove the setting")
     print("[mxfp4] starting Ray", flush=True)
-    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1)))
+    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1, config)))
 
 
 def _watched(run: Callable[[], None]) -> None:
