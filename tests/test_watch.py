@@ -202,7 +202,7 @@ def test_a_resumed_run_shows_its_own_start_and_goes_back_to_its_own_step(run_dir
     (run_dir / "verl.log").write_text("Resuming from /x/global_step_5\n[mxfp4] alarm: step 7: no phase\n")
     run.read()
     status = run.status()
-    assert (status["state"], status["phase"], status["eta"]) == ("running", "Resuming from /x/global_step_5", None)
+    assert (status["state"], status["phase"], status["eta"]) == ("running", "loading the checkpoint /x/global_step_5", None)
     append(run_dir, record(6))
     run.read()
     status = run.status()
