@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mxfp4_rl import checkpoints
 from mxfp4_rl.cli import main
 from mxfp4_rl.launch import LaunchError, run_state
+from mxfp4_rl.launch.outcome import view_lines
 from mxfp4_rl.monitor.live import LiveRun, duration
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.monitor.watch import Watched, make_server, page_pieces
@@ -164,6 +165,14 @@ def test_what_an_earlier_part_of_a_resumed_run_said_is_not_its_last_word(run_dir
     die(run_dir, log_start=first)
     assert status_of(run_dir)["failure"] == "KeyError: of the second part"
     assert status_of(run_dir)["resume"] is None  # the configuration does not say where checkpoints are
+
+
+def test_every_part_of_an_offline_wandb_run_is_named(run_dir):
+    assert view_lines(run_dir) == []
+    parts = [run_dir / "wandb" / f"offline-run-2026010{n}_000000-x" for n in (1, 2)]  # the first one was killed, say
+    for part in parts:
+        part.mkdir(parents=True)
+    assert view_lines(run_dir) == [f"     view  wandb sync {parts[0]} {parts[1]}"]
 
 
 def test_another_process_with_the_launchers_number_is_not_taken_for_it(run_dir):
