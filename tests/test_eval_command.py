@@ -16,6 +16,7 @@ from mxfp4_rl import ModelRecipe, QuantRecipe, cli, convert
 from mxfp4_rl.evaluation.measure import Draw, Measured, Question, answer, summary, wilson
 from mxfp4_rl.evaluation.sources import find_model, find_recipe
 from mxfp4_rl.generation import Sampling
+from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.settings import RECIPE_FILE
 from mxfp4_rl.tasks import arithmetic
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
@@ -323,6 +324,23 @@ def test_parts_of_verls_checkpoint_without_the_model_are_explained(model_path, t
     assert cli.main(["eval", str(tmp_path / "global_step_1")]) == 2
     message = capsys.readouterr().err
     assert "verl.model_merger merge --backend fsdp" in message and str(tmp_path / "global_step_1" / "merged") in message
+    assert "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]" in message
+
+
+def test_a_merged_verl_checkpoint_is_found_with_its_recipe(model_path, tmp_path):
+    step = tmp_path / "checkpoints" / "global_step_4"
+    parts, merged = step / "actor" / "huggingface", step / "merged"
+    shutil.copytree(model_path, parts, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(model_path, merged)
+    recipe = ModelRecipe.from_dict({"macro_block": "static"})
+    (step / RECIPE_FILE).write_text(json.dumps(recipe.to_dict()))
+    for named in (step, step / "actor", parts, merged):
+        assert find_model(str(named)) == str(merged)
+        assert find_recipe(options(checkpoint=str(named)), str(merged)) == (recipe, str(step / RECIPE_FILE))
+    for weights in merged.glob("*.safetensors"):  # a merge that was cut off
+        weights.unlink()
+    with pytest.raises(LaunchError, match="verl saved them in parts"):
+        find_model(str(step))
 
 
 def test_an_interrupt_leaves_no_file(model_path, data_path, tmp_path, monkeypatch, capsys):

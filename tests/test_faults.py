@@ -625,7 +625,10 @@ def test_why_samples_failed():
 
 
 def test_the_hint_on_resuming(tmp_path):
-    assert "no checkpoint was written" in resume_hint(tmp_path, tmp_path / "checkpoints")
+    nothing = resume_hint(tmp_path, tmp_path / "checkpoints")  # before the first step: as it would end again
+    assert "no checkpoint was written" in nothing and "mend the cause" in nothing and "starts anew" not in nothing
+    (tmp_path / "metrics.jsonl").touch()
+    assert "the same command starts anew" in resume_hint(tmp_path, tmp_path / "checkpoints")
     folder = checkpoints.folder_of(tmp_path, 12)
     checkpoints.begin(folder)
     checkpoints.seal(folder)

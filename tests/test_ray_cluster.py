@@ -18,7 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mxfp4_rl.launch import LaunchError
-from mxfp4_rl.launch.cluster import check_run_dir, make_paths_absolute
+from mxfp4_rl.launch.cluster import check_devices, check_run_dir, make_paths_absolute
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 from tests.test_verl_run import SMALL, environment
@@ -140,6 +140,19 @@ def test_a_run_on_two_raylets_as_a_job_and_by_address_and_a_lost_node(tmp_path):
         assert RunLog.load(tmp_path / "job").has("mxfp4/rel_mse")
         assert (tmp_path / "job" / "report" / "report.html").is_file()
 
+        # Two logical GPUs on one node, where each node has one: verl would wait for ever.
+        refused = subprocess.run(
+            [sys.executable, *arguments(model, tmp_path / "no", "trainer.nnodes=1", "trainer.n_gpus_per_node=2")],
+            env=environment(tmp_path) | {"RAY_ADDRESS": cluster.known["address"], "COLUMNS": "1000"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert refused.returncode == 1, refused.stdout + refused.stderr
+        assert "this Ray cluster has 2 logical GPU(s) (1 on node " in refused.stderr, refused.stderr
+        assert "--num-gpus=2" in refused.stderr and "starts anew" not in refused.stderr
+
         # The same by address, and then a node is lost.
         run_dir = tmp_path / "joined"
         with open(tmp_path / "joined.txt", "w") as output:
@@ -182,6 +195,38 @@ def test_paths_are_meant_from_the_launchers_directory(tmp_path, monkeypatch):
     assert config.data.train_files == [f"{tmp_path}/a.parquet", "hdfs://x/b.parquet"] and config.data.val_files == "/c.parquet"
     assert config.reward.custom_reward_function.path == "pkg://mine.reward" and config.data.custom_cls.path is None
     assert config.trainer.default_local_dir == f"{tmp_path}/runs/x"
+
+
+def wants(nodes, per_node, device="cuda", **more):
+    trainer = {"nnodes": nodes, "n_gpus_per_node": per_node, "device": device}
+    reward = {"reward_model": {"enable_resource_pool": False, "nnodes": 1, "n_gpus_per_node": 1} | more}
+    return OmegaConf.create({"trainer": trainer, "reward": reward})
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "words"),
+    [
+        (wants(1, 2), {"a" * 20: {"GPU": 1.0, "CPU": 8.0}}, ["has 1 logical GPU(s) (1 on node aaaaaaaa)", "--num-gpus=2"]),
+        (wants(1, 1, "cpu"), {"a": {"CPU": 8.0}}, ["has 0 logical GPU(s)", "on a CPU too", "--num-gpus=1"]),
+        (wants(1, 2), {"a": {"GPU": 1}, "b": {"GPU": 1}}, ["has 2 logical", "trainer.nnodes=1 x trainer.n_gpus_per_node=2"]),
+        (wants(2, 8), {"a": {"GPU": 8}}, ["trainer.nnodes=2 x trainer.n_gpus_per_node=8", "add nodes"]),
+        (wants(1, 1), {}, ["has 0 logical GPU(s) (no node)"]),
+        (wants(1, 1, enable_resource_pool=True), {"a": {"GPU": 1}}, ["reward.reward_model.n_gpus_per_node=1"]),
+    ],
+)
+def test_a_cluster_with_too_few_devices_is_refused(config, nodes, words):
+    with pytest.raises(RuntimeError) as error:
+        check_devices(config, lambda: nodes, lambda: nodes)
+    assert [word for word in words if word not in str(error.value)] == [] and "\n" not in str(error.value)
+
+
+def test_devices_that_others_hold_are_waited_for_a_while(monkeypatch):
+    monkeypatch.setattr("mxfp4_rl.launch.cluster.FREEING_SECONDS", 0.2)
+    nodes, free = {"a": {"GPU": 2}, "b": {"NPU": 2}}, iter([{"a": {"CPU": 1}}, {"a": {"GPU": 2}, "b": {"NPU": 2}}])
+    check_devices(wants(2, 2), lambda: nodes, lambda: next(free))
+    check_devices(wants(2, 1), lambda: {"a": {"GPU": 2}}, lambda: {"a": {"GPU": 2}})  # both groups on one node
+    with pytest.raises(RuntimeError, match="but only 1 of them are free: wait"):
+        check_devices(wants(1, 2), lambda: nodes, lambda: {"a": {"GPU": 1}})
 
 
 def test_a_run_directory_that_ray_deletes_is_refused():

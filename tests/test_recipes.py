@@ -59,6 +59,7 @@ def test_gsm8k_rows_get_a_prompt_and_the_number_behind_the_mark(tmp_path, capsys
     [
         ('{"question": "Q", "answer": "no mark"}\n', "no number behind '####'"),
         ('{"question": "Q"}\n', "train row 0 has no answer"),
+        ('{"q": "Q"}\n', 'has no question and no answer: every row needs a text in "question" and one in "answer"'),
         ("", "holds no rows"),
         ("not json", "neither parquet"),
         (None, "does not exist"),
@@ -72,6 +73,46 @@ def test_what_is_no_gsm8k_is_told(tmp_path, capsys, content, message):
         script("gsm8k_grpo").main(["--train", str(file), "--val", str(file), "--out", str(tmp_path / "out")])
     assert exit.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gsm8k_grpo", "dapo_math"])
+def test_both_files_or_none(tmp_path, capsys, name, monkeypatch):
+    """Missing files are named together, and a set that cannot be had leaves nothing of the other."""
+    module, out = script(name), tmp_path / "out"
+    arguments = ["--train", str(tmp_path / "a.jsonl"), "--val", str(tmp_path / "b.jsonl"), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        module.main(arguments)
+    assert f"{tmp_path / 'a.jsonl'} and {tmp_path / 'b.jsonl'} do not exist" in capsys.readouterr().err
+    good = dapo_row("1 + 1?", "2") | {"question": "1 + 1?", "answer": "#### 2"}
+    json_lines(tmp_path / "a.jsonl", [good])
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(SystemExit):
+        module.main([*arguments[:2], *arguments[4:]])
+    assert "give local files instead" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "lacks"),
+    [
+        ({"question": "1 + 1?"}, "lacks prompt messages and reward_model.ground_truth: every row needs"),
+        ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"answer": "2"}}, "lacks reward_model.ground_truth:"),
+        ({"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "2"}}, "lacks prompt messages:"),
+        ([1], "lacks prompt messages and"),
+    ],
+)
+def test_what_is_no_dapo_row_is_told_without_a_key_error(tmp_path, capsys, row, lacks):
+    file = json_lines(tmp_path / "train.jsonl", [row])
+    with pytest.raises(SystemExit):
+        script("dapo_math").main(["--train", str(file), "--val", str(file), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert f"row 0 (math_dapo) {lacks}" in said and "KeyError" not in said
+    with pytest.raises(SystemExit):
+        script("dapo_math").main(["--help"])
+    assert "ground_truth" in capsys.readouterr().out  # the schema
 
 
 def dapo_row(problem, answer):

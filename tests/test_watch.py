@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mxfp4_rl import checkpoints
 from mxfp4_rl.cli import main
 from mxfp4_rl.launch import LaunchError, run_state
+from mxfp4_rl.launch.outcome import view_lines
 from mxfp4_rl.monitor.live import LiveRun, duration
 from mxfp4_rl.monitor.run_log import RunLog
-from mxfp4_rl.monitor.watch import make_server
+from mxfp4_rl.monitor.watch import Watched, make_server, page_pieces
 from tests.browser import CHROMIUM, Browser
 from tests.test_report import CONFIG, make_records
 
@@ -108,6 +111,70 @@ def test_a_killed_launcher_is_noticed(run_dir):
     assert status_of(run_dir)["state"] == "died"
 
 
+def die(run_dir, log_start=0):
+    """A launcher that is gone without a word."""
+    run_state._write(run_dir, dataclasses.replace(run_state.begin(run_dir, log_start), process_began=0.0))
+
+
+def with_checkpoint(run_dir, command):
+    root = run_dir / "checkpoints"
+    (run_dir / "config.yaml").write_text(f"trainer: {{default_local_dir: {root}}}\n")
+    (run_dir / "versions.json").write_text(json.dumps({"command": command, "directory": "/some where"}))
+    folder = checkpoints.folder_of(root, 5)
+    checkpoints.begin(folder)
+    checkpoints.seal(folder)
+    return folder
+
+
+def test_a_killed_launcher_and_how_to_go_on_are_told(run_dir):
+    given = ["mxfp4-rl", "train", "trainer.save_freq=5", "mxfp4.run_dir=x", "++trainer.resume_mode=disable", "a.b='c d'"]
+    folder = with_checkpoint(run_dir, given)
+    append(run_dir, record(1))
+    die(run_dir)
+    (run_dir / "verl.log").write_text(
+        "(x pid=7) ValueError: an old one that verl caught\n"
+        "[mxfp4] the launcher is gone: ending the run\n"
+        "[mxfp4] fault: raylet (Ray's daemon on this node, process 9) died\n(y pid=8) RuntimeError: all is lost\n"
+    )
+    status = status_of(run_dir)
+    assert status["state"] == "died" and status["failure"].startswith("the launcher was killed")
+    assert not any(word in status["failure"] for word in ("raylet", "lost", "caught"))
+    assert status["resume"] == (
+        f"last checkpoint: {folder}; to go on from there:\n"
+        f"cd '/some where' && mxfp4-rl train trainer.save_freq=5 {shlex.quote(given[-1])} "
+        f"trainer.resume_mode=auto mxfp4.run_dir={run_dir}"
+    )
+    (run_dir / "versions.json").unlink()
+    assert f"the same command with trainer.resume_mode=auto mxfp4.run_dir={run_dir}" in status_of(run_dir)["resume"]
+
+
+def test_what_an_earlier_part_of_a_resumed_run_said_is_not_its_last_word(run_dir):
+    log = run_dir / "verl.log"
+    log.write_text("[mxfp4] trainer: first weight sync\nValueError: of the first part\n")
+    first = log.stat().st_size
+    run = LiveRun(run_dir)
+    run.read()
+    state = run_state.begin(run_dir, log_start=first)
+    run.read()
+    assert run.status()["phase"] is None
+    run_state.end(run_dir, state, 1)
+    assert status_of(run_dir)["failure"] == "the log is empty"
+    with open(log, "a") as file:
+        file.write("KeyError: of the second part\n")
+    assert status_of(run_dir)["failure"] == "KeyError: of the second part"
+    die(run_dir, log_start=first)
+    assert status_of(run_dir)["failure"] == "KeyError: of the second part"
+    assert status_of(run_dir)["resume"] is None  # the configuration does not say where checkpoints are
+
+
+def test_every_part_of_an_offline_wandb_run_is_named(run_dir):
+    assert view_lines(run_dir) == []
+    parts = [run_dir / "wandb" / f"offline-run-2026010{n}_000000-x" for n in (1, 2)]  # the first one was killed, say
+    for part in parts:
+        part.mkdir(parents=True)
+    assert view_lines(run_dir) == [f"     view  wandb sync {parts[0]} {parts[1]}"]
+
+
 def test_another_process_with_the_launchers_number_is_not_taken_for_it(run_dir):
     state = run_state.begin(run_dir)
     run_state._write(run_dir, dataclasses.replace(state, process_began=state.process_began - 1000))
@@ -144,7 +211,7 @@ def test_a_resumed_run_shows_its_own_start_and_goes_back_to_its_own_step(run_dir
     (run_dir / "verl.log").write_text("Resuming from /x/global_step_5\n[mxfp4] alarm: step 7: no phase\n")
     run.read()
     status = run.status()
-    assert (status["state"], status["phase"], status["eta"]) == ("running", "Resuming from /x/global_step_5", None)
+    assert (status["state"], status["phase"], status["eta"]) == ("running", "loading the checkpoint /x/global_step_5", None)
     append(run_dir, record(6))
     run.read()
     status = run.status()
@@ -241,6 +308,23 @@ def test_over_http(run_dir):
     assert not (run_dir / "report").exists()
 
 
+def test_the_page_comes_with_its_status_table_and_plots(run_dir, monkeypatch):
+    """A browser shows the head while the plots are drawn, and calls the page loaded when they are there."""
+    append(run_dir, *(json.dumps(line) + "\n" for line in make_records(steps=5, layers=2)))
+    watched = Watched(run_dir)
+    pieces = page_pieces(watched)
+    head = next(pieces)
+    assert "drawing the table and the plots" in head and '"step": 5' in head and not watched._plots
+    body, rest = pieces
+    assert "SmolLM2-135M-Instruct" in body and body.count("<img") == 7 and "shown = 1;" in rest
+
+    def fails():
+        raise RuntimeError("no room for plots")
+
+    monkeypatch.setattr(watched, "body", fails)
+    assert [*page_pieces(watched)][1] == "" and "shown = -1;" in [*page_pieces(watched)][2]
+
+
 @pytest.mark.parametrize("path", ["nothing", "plot/nothing.png", "plot/../config.yaml", "config.yaml"])
 def test_nothing_else_is_served(path, run_dir):
     append(run_dir, record(1))
@@ -311,6 +395,19 @@ def test_mistakes_are_told_in_one_sentence(run_dir, capsys):
     assert [want in line for want, line in zip(expected, errors, strict=True)] == [True] * 4
     with pytest.raises(LaunchError, match="no run directory"):
         make_server(run_dir, 0, overlay=run_dir / "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: `apt-get install chromium`")
+def test_what_is_loaded_is_drawn(run_dir, tmp_path):
+    """A screenshot is taken when the page has loaded: table and plots are there, asked for by no script."""
+    append(run_dir, *(json.dumps(line) + "\n" for line in make_records(steps=6, layers=2)))
+    with served(run_dir) as server, Browser(tmp_path / "profile") as page:
+        page.open(server.url)
+        page.wait_for("document.readyState == 'complete' && location.port != ''")
+        assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 0).length") == 7
+        assert "SmolLM2-135M-Instruct" in page.text() and "drawing the table" not in page.text()
+        assert not any("body.html" in url for url in page.requests) and page.errors == []
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ _WORDS = "\n".join(
     for format, words in SHORT_WORDS.items()
 )
 EPILOG = f"""\
-CHECKPOINT is a folder of transformers, verl's global_step_N (with the whole model in it), a name on the hub, or
+CHECKPOINT is a folder of transformers, verl's global_step_N (with hf_model saved, or merged), a name on the hub, or
 smollm2-135m-instruct, the model that comes along. The recipe stored with it ({RECIPE_FILE}) is used unless another one
 is given; with a recipe the model is measured without and with it.
 

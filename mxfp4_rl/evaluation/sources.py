@@ -1,7 +1,7 @@
 """Where an evaluation's model, recipe, questions and reward come from; what is wrong with them is a LaunchError.
 
 A checkpoint of verl is a folder ``global_step_N`` with the recipe of its run (`mxfp4_recipe.json`) and the model in
-``actor/huggingface``: any of the three folders stands for the checkpoint.
+``actor/huggingface``, or in ``merged`` where verl's merger was told so: any of these folders stands for the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TASK = "arithmetic"
 DEFAULT_RESPONSE_TOKENS = 256  # of a user's own data
+MERGED = "merged"  # beside actor/, where the line below puts the whole model
 _MERGE = "python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {target}"
 
 
@@ -45,15 +46,22 @@ def find_model(given: str) -> str:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", given):
             return given
         raise LaunchError(f"checkpoint {given} does not exist; give a folder, a name on the hub or {EMBEDDED_MODEL_NAME}")
-    for part in (folder, folder / "huggingface", folder / "actor" / "huggingface"):
-        if (part / "config.json").is_file():
-            if any(next(part.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
-                return str(part)
-            hint = "is the download complete?"
-            if part.name == "huggingface":
-                merge = _MERGE.format(actor=part.parent, target=part.parent.parent / "merged")
-                hint = f"verl saved them in parts: `{merge}` and give the target, or train with hf_model in save_contents"
-            raise LaunchError(f"checkpoint {part} has no weights (*.safetensors or *.bin): {hint}")
+    here = folder.absolute()
+    top = {"actor": here.parent, "huggingface": here.parent.parent}.get(folder.name, folder)
+    parts = [folder, folder / "huggingface", folder / "actor" / "huggingface", top / MERGED]
+    parts = [part for part in parts if (part / "config.json").is_file()]
+    for part in parts:
+        if any(next(part.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+            return str(part)
+    for part in parts:
+        hint = "is the download complete?"
+        if part.name == "huggingface":
+            merge = _MERGE.format(actor=part.parent, target=part.parent.parent / MERGED)
+            hint = (
+                f"verl saved them in parts: `{merge}` merges them, where this command then finds them; or train with "
+                "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"
+            )
+        raise LaunchError(f"checkpoint {part} has no weights (*.safetensors or *.bin): {hint}")
     raise LaunchError(f"checkpoint {given} has no config.json: give the folder of a transformers checkpoint, or global_step_N")
 
 

@@ -16,7 +16,7 @@ from mxfp4_rl.export import FORMAT_NAMES, ExportError
 from mxfp4_rl.launch import LaunchError
 
 EPILOG = """\
-MODEL is a folder of transformers, verl's global_step_N (with the whole model in it), a name on the hub, or
+MODEL is a folder of transformers, verl's global_step_N (with hf_model saved, or merged), a name on the hub, or
 smollm2-135m-instruct. The recipe stored with it is used unless --recipe names one; only its weight recipe matters here.
 
 examples:

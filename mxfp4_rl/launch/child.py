@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable
 
 from mxfp4_rl.launch.cluster import TrainerHere
+from mxfp4_rl.launch.failure import LAUNCHER_GONE
 from mxfp4_rl.launch.processes import RUN_ID_VARIABLE, RunProcesses, become_subreaper
 from mxfp4_rl.launch.watch import POLL_SECONDS, ActorWatch, local_daemons
 
 LAST_LOOK_SECONDS = 2 * POLL_SECONDS
+_watches: list[ActorWatch] = []  # of the run, as long as it lasts
 
 
 def end_with_parent(parent: int, temp_dir: str | None) -> None:
@@ -28,7 +30,9 @@ def end_with_parent(parent: int, temp_dir: str | None) -> None:
 def _watch(parent: int, temp_dir: str | None) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    print("[mxfp4] the launcher is gone: ending the run", flush=True)
+    for watch in _watches:  # what we end is no fault
+        watch.stop()
+    print(LAUNCHER_GONE, flush=True)
     processes = RunProcesses(os.environ[RUN_ID_VARIABLE], temp_dir, root=os.getpid())
     processes.alive()
     processes.end(interrupt=False, hurry=lambda: True)
@@ -60,7 +64,7 @@ def run_verl(config_path: str) -> None:
     if not config.trainer.use_v1:
         raise ValueError("trainer.use_v1=false: mxfp4-rl extends verl's V1 trainer; remove the setting")
     print("[mxfp4] starting Ray", flush=True)
-    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1)))
+    _watched(lambda: run_ppo(config, task_runner_class=TrainerHere(TaskRunnerV1, config)))
 
 
 def _watched(run: Callable[[], None]) -> None:
@@ -68,7 +72,6 @@ def _watched(run: Callable[[], None]) -> None:
     import ray
 
     over = threading.Event()
-    watches: list[ActorWatch] = []
 
     def begin() -> None:
         while not ray.is_initialized():
@@ -76,8 +79,8 @@ def _watched(run: Callable[[], None]) -> None:
                 return
         # On a shared cluster the table holds other people's actors too.
         job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-        watches.append(ActorWatch(lambda: ray._private.state.actors(job_id=job), local_daemons()))
-        watches[0].start()
+        _watches.append(ActorWatch(lambda: ray._private.state.actors(job_id=job), local_daemons()))
+        _watches[0].start()
 
     threading.Thread(target=begin, daemon=True).start()
     try:
@@ -85,12 +88,12 @@ def _watched(run: Callable[[], None]) -> None:
     except Exception:
         # verl's error may be faster than the watch, which knows which process was the cause.
         deadline = time.monotonic() + LAST_LOOK_SECONDS
-        while watches and not watches[0].told and time.monotonic() < deadline:
+        while _watches and not _watches[0].told and time.monotonic() < deadline:
             time.sleep(0.2)
         raise
     finally:
         over.set()
-        for watch in watches:
+        for watch in _watches:
             watch.stop()
 
 

@@ -18,6 +18,7 @@ _WRAPPERS = re.compile(
 )
 MESSAGE_LINES = 6
 FAULT_MARK = "[mxfp4] fault: "  # why a run cannot go on: a process that died, a wait without end
+LAUNCHER_GONE = "[mxfp4] the launcher is gone: ending the run"  # its child's last word; what follows are consequences
 
 
 # What follows an exception's message: the rest of a traceback, another one, or an ordinary line of the log.
@@ -33,11 +34,14 @@ def find_failure(lines: Sequence[str]) -> str:
     """The most useful lines of a failed run's log.
 
     Faults that the run itself reported come first. Then the last exception that is no wrapper, with its message; else the
-    last wrapper; else, if there is no fault, the log's last lines. The last alarm may tell how it came to that.
+    last wrapper; else, if there is no fault, the log's last lines. The last alarm may tell how it came to that. Of a run whose
+    launcher was killed that is said, and nothing that its processes printed while they were being ended.
     """
     split = [_split(line) for line in lines]
-    faults, alarms = (list(_marked(split, mark)) for mark in (FAULT_MARK, ALARM_MARK))
-    last = _last_exception(split)
+    gone = next((i for i, (_, text) in enumerate(split) if LAUNCHER_GONE in text), None)
+    faults, alarms = (list(_marked(split[:gone], mark)) for mark in (FAULT_MARK, ALARM_MARK))
+    killed = "the launcher was killed (SIGKILL, perhaps for want of memory), and the run's other processes ended with it"
+    last = _last_exception(split) if gone is None else killed
     parts = ["\n".join(dict.fromkeys(faults)), last]
     if "samples failed" in last:  # the guard's; why, only the process that asked for the sample knows
         asker = [(prefix, text) for prefix, text in split if "AgentLoopWorker" in prefix]

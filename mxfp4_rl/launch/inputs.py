@@ -59,7 +59,8 @@ def _check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise LaunchError(
             f"{MODEL_KEY}={folder} has no config.json: give the folder of a transformers checkpoint "
-            "(of a verl checkpoint, its huggingface/ folder after `verl.model_merger`)"
+            "(of a verl checkpoint what `verl.model_merger` wrote, or its actor/huggingface where "
+            "actor_rollout_ref.actor.checkpoint.save_contents holds hf_model)"
         )
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
         raise LaunchError(f"{MODEL_KEY}={folder} has no weights (*.safetensors or *.bin): is the download complete?")
@@ -141,15 +142,21 @@ def prepare_data(config: DictConfig, settings: Settings) -> int | None:
         _resolve_task(config, settings.task)
     elif _has_own_dataset(config):
         return None
-    rows = 0
+    rows, wrong = 0, []
     for key in ("train_files", "val_files"):
         paths = _paths(config.data[key])
         if not paths:
-            raise LaunchError(f"data.{key} is empty: give Parquet files, or a built-in task with mxfp4.task.name=arithmetic")
+            wrong.append(f"data.{key} is empty: give Parquet files, or a built-in task with mxfp4.task.name=arithmetic")
         for path in paths:
-            count = _check_file(key, path)
+            try:
+                count = _check_file(key, path)
+            except LaunchError as error:  # those of the other files too: all are mended at once
+                wrong.append(str(error))
+                continue
             if key == "train_files":
                 rows = None if count is None or rows is None else rows + count
+    if wrong:
+        raise LaunchError("; ".join(text.removesuffix(".") for text in dict.fromkeys(wrong)))
     limit = config.data.get("train_max_samples", -1)
     return min(rows, limit) if rows is not None and limit and limit > 0 else rows
 

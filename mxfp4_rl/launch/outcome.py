@@ -76,8 +76,9 @@ def view_lines(directory: Path) -> list[str]:
     lines = []
     if (directory / "tensorboard").is_dir():
         lines.append(f"     view  tensorboard --logdir {directory / 'tensorboard'}")
-    lines += [f"     view  wandb sync {run}" for run in sorted((directory / "wandb").glob("offline-run-*"))[-1:]]
-    return lines
+    # Each part of a resumed run is one, also a part that was killed.
+    parts = sorted((directory / "wandb").glob("offline-run-*"))
+    return lines + ([f"     view  wandb sync {' '.join(map(str, parts))}"] if parts else [])
 
 
 def print_failure(log: Path, start: int, code: int, root: str) -> None:
@@ -103,11 +104,20 @@ def print_failure(log: Path, start: int, code: int, root: str) -> None:
     print(resume_hint(log.parent, Path(root)), file=sys.stderr, flush=True)
 
 
-def resume_hint(run_dir: Path, root: Path) -> str:
-    """What is kept of a run that ended early, and how to go on from there."""
+def resume_hint(run_dir: Path, root: Path, command: str | None = None) -> str:
+    """What is kept of a run that ended early, and how to go on from there.
+
+    Args:
+        command: that goes on from there (`records.resume_command`); None to speak of the same command.
+    """
     last, _ = checkpoints.latest_whole(root)
-    if last is None:
-        return "no checkpoint was written (trainer.save_freq says how often): the same command starts anew"
-    return (
-        f"last checkpoint: {last}; to go on from there, the same command with trainer.resume_mode=auto mxfp4.run_dir={run_dir}"
-    )
+    if last is not None:
+        again = f":\n{command}" if command else f", the same command with trainer.resume_mode=auto mxfp4.run_dir={run_dir}"
+        return f"last checkpoint: {last}; to go on from there{again}"
+    if (run_dir / METRICS_FILE).exists():
+        return (
+            "no checkpoint was written (trainer.save_freq says how often): once the cause is mended, the same command starts "
+            "anew, in a run directory of its own"
+        )
+    # The same command would end in the same way.
+    return "no checkpoint was written, and no step was done: mend the cause first"

@@ -194,7 +194,7 @@ def check_batches(config: DictConfig) -> list[str]:
     """Sizes that must divide each other; returns warnings.
 
     Raises:
-        LaunchError: a size that verl's workers would stop at.
+        LaunchError: sizes that verl's workers would stop at, all of them: mending one alone would only show the next.
     """
     actor, rollout, ref = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
     train, mini, samples = config.data.train_batch_size, actor.ppo_mini_batch_size, rollout.n
@@ -214,8 +214,9 @@ def check_batches(config: DictConfig) -> list[str]:
         )
     workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
     parallel = max(1, workers // (actor.get("ulysses_sequence_parallel_size") or 1))
+    wrong: list[str] = []
     if mini * samples % parallel:
-        raise LaunchError(
+        wrong.append(
             f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} times rollout.n={samples} is not divisible by the "
             f"{parallel} data-parallel workers: use a multiple of {parallel}"
         )
@@ -224,35 +225,41 @@ def check_batches(config: DictConfig) -> list[str]:
             f"data.train_batch_size={train} is not a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini}: "
             "verl pads each step with dummy samples"
         )
-    if actor.use_dynamic_bsz:
-        return warnings
-    if train < mini:
-        raise LaunchError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} exceeds data.train_batch_size={train}: use {train} or less"
-        )
-    if train * samples % workers:
-        raise LaunchError(f"data.train_batch_size={train} times rollout.n={samples} is not divisible by the {workers} workers")
-    step = -(-train // mini) * mini * samples // parallel
-    _check_micro_batch("actor_rollout_ref.actor.ppo_micro_batch_size", actor, mini * samples // parallel, "mini-batch")
-    _check_micro_batch("actor_rollout_ref.rollout.log_prob_micro_batch_size", rollout, step, "batch")
-    if (actor.use_kl_loss or config.algorithm.use_kl_in_reward) and not ref.log_prob_use_dynamic_bsz:
-        _check_micro_batch("actor_rollout_ref.ref.log_prob_micro_batch_size", ref, step, "batch")
+    if not actor.use_dynamic_bsz:
+        if train < mini:
+            wrong.append(
+                f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} exceeds data.train_batch_size={train}: use {train} or less"
+            )
+        if train * samples % workers:
+            wrong.append(f"data.train_batch_size={train} times rollout.n={samples} is not divisible by the {workers} workers")
+        # What the micro-batches must divide, once the sizes above are right.
+        mini = min(mini, train)
+        step = -(-train // mini) * mini * samples // parallel
+        micro = [("actor_rollout_ref.actor.ppo_micro_batch_size", actor, mini * samples // parallel, "mini-batch")]
+        micro.append(("actor_rollout_ref.rollout.log_prob_micro_batch_size", rollout, step, "batch"))
+        if (actor.use_kl_loss or config.algorithm.use_kl_in_reward) and not ref.log_prob_use_dynamic_bsz:
+            micro.append(("actor_rollout_ref.ref.log_prob_micro_batch_size", ref, step, "batch"))
+        if mini * samples % parallel == 0:  # else there is no such number yet
+            wrong += filter(None, (_micro_batch_flaw(*given) for given in micro))
+    if wrong:
+        raise LaunchError("; ".join(wrong))
     return warnings
 
 
-def _check_micro_batch(key: str, block: DictConfig, samples: int, whole: str) -> None:
+def _micro_batch_flaw(key: str, block: DictConfig, samples: int, whole: str) -> str | None:
     name = key.rsplit(".", 1)[-1]
     if block.get(name) is not None:
-        raise LaunchError(f"{key}={block[name]} is deprecated in verl: set {key}_per_gpu instead")
+        return f"{key}={block[name]} is deprecated in verl: set {key}_per_gpu instead"
     size = block.get(f"{name}_per_gpu")
     fit = max((n for n in range(1, min(samples, size or 32) + 1) if samples % n == 0), default=1)
     if size is None:
-        raise LaunchError(f"{key}_per_gpu is null: set it to a divisor of the {samples} samples a worker gets, e.g. {fit}")
+        return f"{key}_per_gpu is null: set it to a divisor of the {samples} samples a worker gets, e.g. {fit}"
     if not isinstance(size, int) or size < 1 or samples % size:
-        raise LaunchError(
+        return (
             f"{key}_per_gpu={size} does not divide the {samples} samples of a worker's {whole} "
             f"(prompts * rollout.n / workers): use {fit}, or set use_dynamic_bsz=true"
         )
+    return None
 
 
 def _check_lengths(config: DictConfig, settings: Settings) -> list[str]:

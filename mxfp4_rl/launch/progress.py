@@ -23,7 +23,8 @@ PHASES = (
     (re.compile(r"Started a local Ray instance|Connected to Ray cluster"), "Ray is up, starting the trainer"),
     (re.compile(r"train and validate dataloader initialized"), "data loaded, loading the model"),
     (re.compile(r"Training from scratch"), "model loaded, training starts"),
-    (re.compile(r"(Resuming from \S+)"), r"\1"),
+    # verl's line, while the workers load; the trainer's own says when it goes on, and from which step.
+    (re.compile(r"Resuming from ([^\s,]+)"), r"loading the checkpoint \1"),
 )
 COMPONENTS = ("mxfp4/scale_bias", "mxfp4/deadzone", "mxfp4/grid_noise")
 _VALIDATION = re.compile(r"val-core/(.+)/(acc|reward)/mean@\d+")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def write_records(run: PreparedRun, temp_dir: str | None, arguments: Sequence[st
         ray_init["_temp_dir"] = temp_dir
     for name, text in (
         (CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(run.config))),
-        (VERSIONS_FILE, json.dumps(versions(arguments), indent=2) + "\n"),
+        (VERSIONS_FILE, json.dumps(versions(arguments) | {"directory": os.getcwd()}, indent=2) + "\n"),
     ):
         path = run.run_dir.path / name
         if run.run_dir.resumes and path.exists():
@@ -67,6 +68,21 @@ def versions(arguments: Sequence[str]) -> dict:
         "command": ["mxfp4-rl", *arguments],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def resume_command(run_dir: Path) -> str | None:
+    """The command line that goes on with a run, for a shell; None where the run did not note its own."""
+    try:
+        noted = json.loads((run_dir / VERSIONS_FILE).read_text(encoding="utf-8"))
+        command, directory = [str(word) for word in noted["command"]], noted.get("directory")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if command[1:2] != ["train"]:  # started from Python
+        return None
+    given = {"trainer.resume_mode": "auto", "mxfp4.run_dir": str(run_dir.absolute())}
+    kept = [word for word in command if word.lstrip("+").split("=", 1)[0] not in given]
+    text = shlex.join([*kept, *(f"{key}={value}" for key, value in given.items())])
+    return f"cd {shlex.quote(directory)} && {text}" if directory else text
 
 
 def git_revision(folder: Path) -> str | None:

@@ -44,12 +44,13 @@ def launch(run: PreparedRun, child_command: Sequence[str] = CHILD_COMMAND, argum
         The exit code: 0, 1 after a failure, 130 after Ctrl-C, 143 after SIGTERM.
     """
     temp_dir = None if run.joins_cluster else tempfile.mkdtemp(prefix="mxr-", dir=_short_temp_root())
-    state, code = run_state.begin(run.run_dir.path), 1
+    log = Tail(run.run_dir.path / LOG_FILE, from_end=True)
+    state, code = run_state.begin(run.run_dir.path, log_start=log.offset), 1
     try:
         write_records(run, temp_dir, arguments)
         print_header(run)
         with _signals_caught() as caught:
-            code = _run_child(run, temp_dir, child_command, caught)
+            code = _run_child(run, temp_dir, child_command, caught, log)
             return code
     finally:
         run_state.end(run.run_dir.path, state, code)
@@ -58,11 +59,10 @@ def launch(run: PreparedRun, child_command: Sequence[str] = CHILD_COMMAND, argum
         run.run_dir.release()
 
 
-def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], caught: list[int]) -> int:
+def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], caught: list[int], log: Tail) -> int:
     directory, run_id = run.run_dir.path, uuid.uuid4().hex
     # A resumed run appends to both files; what they hold already is not news.
-    metrics, log = Tail(directory / METRICS_FILE, from_end=True), Tail(directory / LOG_FILE, from_end=True)
-    log_start = log.offset
+    metrics, log_start = Tail(directory / METRICS_FILE, from_end=True), log.offset
     become_subreaper()
     with open(directory / LOG_FILE, "ab") as log_file:
         child = subprocess.Popen(

@@ -28,6 +28,7 @@ class RunState:
         host, pid, process_began: the launcher; the time tells it from a later process with its number.
         began, ended: seconds since the epoch; `ended` is None until then.
         exit_code: of `mxfp4-rl train`.
+        log_start: bytes of `verl.log` that earlier parts of a resumed run had written.
     """
 
     host: str
@@ -36,6 +37,7 @@ class RunState:
     began: float
     ended: float | None = None
     exit_code: int | None = None
+    log_start: int = 0
 
     def is_alive(self) -> bool | None:
         """Whether the launcher still runs; None if that cannot be seen from this machine."""
@@ -51,10 +53,10 @@ class RunState:
             return False
 
 
-def begin(directory: Path) -> RunState:
-    """Write that this process begins a run in `directory`."""
+def begin(directory: Path, log_start: int = 0) -> RunState:
+    """Write that this process begins a run in `directory`, whose log has `log_start` bytes already."""
     process = psutil.Process()
-    state = RunState(socket.gethostname(), process.pid, process.create_time(), began=time.time())
+    state = RunState(socket.gethostname(), process.pid, process.create_time(), began=time.time(), log_start=log_start)
     _write(directory, state)
     return state
 

@@ -220,8 +220,18 @@ def _check_value(key: str, value: Any, usual: Any, in_yaml: bool, annotation: An
         kinds.append(None)
     if not any(fits(value, kind) for kind in kinds):
         wanted = " or ".join(dict.fromkeys(describe(kind) for kind in kinds))
-        quoted = f", such as {key}=\"'{value}'\"" if wanted == "text" and isinstance(value, int | float) else ""
-        raise LaunchError(f"{key}={_shown(value)} must be {wanted}{quoted}")
+        example = f"\"'{value}'\"" if wanted == "text" and isinstance(value, int | float) else _example(kinds, usual)
+        raise LaunchError(f"{key}={_shown(value)} must be {wanted}" + (f", such as {key}={example}" if example else ""))
+
+
+def _example(kinds: list, usual: Any) -> str:
+    """A value as a command line writes it: verl's own where that is one of these kinds, else one of the first plain kind."""
+    if isinstance(usual, bool):
+        return str(usual).lower()
+    if isinstance(usual, int | float):
+        return str(usual)
+    flat = [part for kind in kinds for part in (typing.get_args(kind) or (kind,))]
+    return next((example for kind, example in ((int, "1"), (float, "0.5"), (bool, "true")) if kind in flat), "")
 
 
 def _check_undeclared(here: str, block: Any) -> None:

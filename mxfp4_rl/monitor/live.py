@@ -16,8 +16,9 @@ from pathlib import Path
 
 from mxfp4_rl.launch import run_state
 from mxfp4_rl.launch.failure import find_failure
+from mxfp4_rl.launch.outcome import resume_hint
 from mxfp4_rl.launch.progress import Tail, alarm_of, is_training_step, phase_of, validation_text
-from mxfp4_rl.launch.records import LOG_FILE
+from mxfp4_rl.launch.records import LOG_FILE, resume_command
 from mxfp4_rl.monitor.alerts import PREFIX, WATCHED
 from mxfp4_rl.monitor.run_log import CONFIG_FILE, METRICS_FILE, RunLog, read_config, read_record
 
@@ -47,8 +48,9 @@ class LiveRun:
         self.path = Path(path)
         self._start_over()
         self._log = Tail(self.path / LOG_FILE)
-        if self._log.path.exists():
-            self._log.offset = max(0, self._log.path.stat().st_size - LOG_BYTES)
+        self._began: float | None = None  # when the part that is shown of a resumed run began
+        self._log_start = 0
+        self._log.offset = self._log_from()
         self._config: tuple[float, dict] = (0.0, {})
         self.phase: str | None = None
         self.config_error: str | None = None
@@ -69,6 +71,7 @@ class LiveRun:
         """Take in what was written since the last call."""
         if _size(self._metrics.path) < self._metrics.offset:
             self._start_over()
+        self._read_state()
         if _size(self._log.path) < self._log.offset:
             self._log.offset = 0
         for line in self._log.new_lines():
@@ -123,7 +126,7 @@ class LiveRun:
             now: seconds since the epoch.
         """
         now = time.time() if now is None else now
-        state = run_state.read(self.path)
+        state = self._read_state()
         logged, heard = _modified(self.path / METRICS_FILE), _modified(self.path / LOG_FILE)
         last_sign = max((t for t in (logged, heard) if t is not None), default=None)
         word, why = self._condition(state, last_sign, now)
@@ -149,6 +152,7 @@ class LiveRun:
             "alerts": [self._alert(event) for event in self.active.values()],
             "history": [self._alert(event) for event in reversed(self.events[-20:])],
             "failure": self._failure() if word in ("failed", "died") else None,
+            "resume": self._resume() if word in ("failed", "died", "interrupted") else None,
             "notes": self._notes(),
         }
 
@@ -199,10 +203,26 @@ class LiveRun:
             "meaning": meaning,
         }
 
+    def _read_state(self) -> run_state.RunState | None:
+        state = run_state.read(self.path)
+        if state is not None and state.began != self._began:
+            self._began, self._log_start, self.phase = state.began, state.log_start, None
+            self._log.offset = self._log_from()
+        return state
+
+    def _log_from(self) -> int:
+        """Where to read the log from: its end, but nothing of an earlier part of the run."""
+        size = _size(self._log.path)
+        return max(self._log_start if self._log_start <= size else 0, size - LOG_BYTES, 0)
+
+    def _resume(self) -> str | None:
+        root = self._config[1].get("trainer", {}).get("default_local_dir")
+        return resume_hint(self.path, Path(root), resume_command(self.path)) if isinstance(root, str) else None
+
     def _failure(self) -> str | None:
         try:
-            with open(self.path / LOG_FILE, "rb") as log:
-                log.seek(max(0, _size(self.path / LOG_FILE) - LOG_BYTES))
+            with open(self._log.path, "rb") as log:
+                log.seek(self._log_from())
                 return find_failure(log.read().decode("utf-8", errors="replace").splitlines())
         except OSError:
             return None

@@ -1,9 +1,10 @@
 """`mxfp4-rl report --watch`: a page on this machine of a running or finished run, which refreshes itself.
 
-The page asks for the run's status every two seconds (`status.json`), and for the report's table and plots (`body.html`) when
-they have changed. Plots cost the machine that trains some CPU, so they are drawn only for a page that asks, and no more often
-than every `refresh` seconds or than leaves nine tenths of the time to others. The server listens on 127.0.0.1 only, answers
-only to names of this machine (a page elsewhere could point a name of its own here), and writes nothing.
+The page comes with the run's status, and with the report's table and plots as soon as they are drawn, which takes seconds;
+until then a line says so. From then on it asks for the status every two seconds (`status.json`), and for table and plots
+(`body.html`) when they have changed. Plots cost the machine that trains some CPU, so they are drawn only for a page that
+asks, and no more often than every `refresh` seconds or than leaves nine tenths of the time to others. The server listens on
+127.0.0.1 only, answers only to names of this machine (a page elsewhere could point a name of its own here), and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(403, "text/plain", b"this page is for 127.0.0.1 and localhost only\n")
         try:
             if url.path == "/":
-                self._answer(200, "text/html", page_html(self.server.watched).encode())
+                self._send_page()
             elif url.path == "/status.json":
                 self._answer(200, "application/json", json.dumps(self.server.watched.status(), allow_nan=False).encode())
             elif url.path == "/body.html":
@@ -127,14 +129,27 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # shown on the page, which asks again
             self._answer(500, "text/plain", f"{type(error).__name__}: {error}\n".encode())
 
+    def _send_page(self) -> None:
+        """The page in pieces: a browser shows each as it comes, and counts the page as loaded after the last."""
+        pieces = page_pieces(self.server.watched)
+        head = next(pieces)  # may raise, which is answered otherwise
+        self._begin(200, "text/html")
+        self.wfile.write(head.encode())
+        for piece in pieces:
+            self.wfile.write(piece.encode())
+
     def _answer(self, code: int, kind: str, content: bytes) -> None:
+        self._begin(code, kind, len(content))
+        self.wfile.write(content)
+
+    def _begin(self, code: int, kind: str, length: int | None = None) -> None:
         self.send_response(code)
         self.send_header("Content-Type", kind if kind.startswith("image") else f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.send_header("Cache-Control", "no-store")
         self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline'; img-src 'self' data:")
         self.end_headers()
-        self.wfile.write(content)
 
     def log_message(self, *args) -> None:
         """Say nothing: a line every two seconds helps nobody."""
@@ -152,10 +167,20 @@ class _Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
 
-def page_html(watched: Watched) -> str:
-    """The page; what changes is filled in by its script."""
-    name = escape(watched.status()["name"])
-    return _PAGE_FILE.read_text(encoding="utf-8").replace("{{STYLE}}", STYLE).replace("{{NAME}}", name)
+def page_pieces(watched: Watched) -> Iterator[str]:
+    """The page: its head with the run's status, then table and plots, which take seconds to draw, then the rest."""
+    status = watched.status()
+    head, _, rest = _PAGE_FILE.read_text(encoding="utf-8").partition("{{BODY}}")
+    facts = json.dumps(status, allow_nan=False).replace("<", "\\u003c")  # no name ends the script
+    for mark, text in (("{{STYLE}}", STYLE), ("{{NAME}}", escape(status["name"])), ("{{STATUS}}", facts)):
+        head = head.replace(mark, text)
+    yield head
+    try:
+        body, shown = watched.body(), status["version"]
+    except Exception:  # the page's script asks for it again, and says what is wrong
+        body, shown = "", -1
+    yield body
+    yield rest.replace("{{SHOWN}}", str(shown))
 
 
 def make_server(run_dir: str | Path, port: int, overlay: str | Path | None = None, refresh: float = REFRESH_SECONDS) -> _Server:

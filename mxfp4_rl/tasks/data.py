@@ -49,8 +49,11 @@ def resolve_task(name: str, out_dir: str | os.PathLike, **options) -> Task:
     """
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "there is no task of a similar name."
-        raise ValueError(f"unknown task {name!r}: {hint} Valid names: {', '.join(sorted(TASKS))}.")
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(
+            f"unknown task {name!r}: {hint}Valid names: {', '.join(sorted(TASKS))} (data of your own: data.train_files and "
+            "data.val_files with mxfp4.task=null)."
+        )
     write, module, function = TASKS[name]
     return Task(*write(out_dir, **options), module, function)
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_files import DataError, read_rows, write_rows
+from data_files import DataError, check_files, read_rows, write_rows
 
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 
@@ -25,7 +25,8 @@ def converted(row: dict, split: str, index: int) -> dict:
     """
     question, answer = row.get("question"), row.get("answer")
     if not question or not answer:
-        raise DataError(f"{split} row {index} has no {'question' if not question else 'answer'}: GSM8K rows have both")
+        lacks = " and no ".join(name for name, value in (("question", question), ("answer", answer)) if not value)
+        raise DataError(f'{split} row {index} has no {lacks}: every row needs a text in "question" and one in "answer"')
     _, mark, number = answer.rpartition("####")
     truth = number.strip().replace(",", "")
     if not mark or not truth:
@@ -46,10 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/gsm8k"), help="folder of train.parquet and val.parquet")
     options = parser.parse_args(arguments)
     try:
+        check_files(options.train, options.val)
+        ready = {}
         for name, split, file in (("train", "train", options.train), ("val", "test", options.val)):
             rows = read_rows(file, "openai/gsm8k", config="main", split=split)
-            path = write_rows([converted(row, split, i) for i, row in enumerate(rows)], options.out / f"{name}.parquet")
-            print(f"{path}: {len(rows)} problems")
+            ready[name] = [converted(row, split, i) for i, row in enumerate(rows)]
+        for name, rows in ready.items():  # both or none
+            print(f"{write_rows(rows, options.out / f'{name}.parquet')}: {len(rows)} problems")
     except DataError as error:
         parser.error(str(error))
 
