@@ -66,6 +66,7 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
             "trainer.total_training_steps=2",
             "trainer.test_freq=2",
             "trainer.save_freq=2",
+            "mxfp4.aqn.enable=true",
             "mxfp4.aqn.stages=2",
             "mxfp4.recipe.overrides={down_proj:{macro_size:64}}",
             "mxfp4.alerts.entropy=[0,0.5]",  # a fresh model is undecided: this must be told of, once
