@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxfp4_rl import QuantRecipe, quantize
-from mxfp4_rl.quant import fake_quantize
+from mxfp4_rl.quant import fake_quantize, tensor
 from mxfp4_rl.quant.elements import decode_packed, encode_e2m1, pack_codes, round_e2m1, unpack_codes
 from mxfp4_rl.quant.scales import exp2_byte
 from tests.oracle import quantize_block
@@ -157,6 +157,18 @@ def test_static_factor_is_the_truncated_mantissa_of_six_over_amax():
     scaled = f * amax / 6
     assert ((f * 256) == (f * 256).round()).all() and (f >= 1).all() and (f < 2).all()
     assert (torch.frexp(scaled).mantissa > 1 - 2**-8).logical_or(torch.frexp(scaled).mantissa == 0.5).all()
+
+
+@pytest.mark.parametrize("words", ("mxfp4+mbs-dynamic+of", "mxfp4+sr+mbs+of", "mxfp4+tile", "nvfp4+search", "mxfp4+hadamard64"))
+def test_the_size_of_chunks_does_not_matter(words, monkeypatch):
+    """A GPU reads larger ones than a CPU; what is drawn for stochastic rounding depends on an element's place alone."""
+    recipe, x = QuantRecipe.parse(words), torch.randn(300, 416, generator=torch.Generator().manual_seed(0))
+    results = []
+    for size in (1 << 12, 1 << 17, tensor.GPU_CHUNK):
+        monkeypatch.setattr(tensor, "CHUNK", size)
+        results.append((fake_quantize(x, recipe, seed=3), quantize(x, recipe, seed=3).dequantize()))
+    for operand, dequantised in results[1:]:
+        assert torch.equal(operand, results[0][0]) and torch.equal(dequantised, results[0][1])
 
 
 @settings(max_examples=60, deadline=None)

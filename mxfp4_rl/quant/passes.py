@@ -1,6 +1,6 @@
 """What the formats' quantisers share: the rows of a tensor as chunks of blocks, and the result for one chunk.
 
-A tensor is cut into chunks of rows small enough that the scratch buffers stay in cache; a chunk is float32
+A tensor is cut into chunks of rows, on a CPU small enough that the scratch buffers stay in cache; a chunk is float32
 (R, blocks, block_size), zero-padded to whole blocks and, where the recipe rotates, already rotated.
 """
 
@@ -91,10 +91,10 @@ class Rows:
     def slices(self) -> Iterator[slice]:
         """The chunks' rows."""
         if self._tile_rows == 1:
-            yield from row_chunks(self.count, self.width)
+            yield from row_chunks(self.count, self.width, self.flat.device)
             return
         for matrix in range(0, self.count, max(self._matrix, 1)):
-            for r in row_chunks(self._matrix, self.width, self._tile_rows):
+            for r in row_chunks(self._matrix, self.width, self.flat.device, self._tile_rows):
                 yield slice(matrix + r.start, matrix + r.stop)
 
     def chunks(self) -> Iterator[tuple[slice, Scratch]]:

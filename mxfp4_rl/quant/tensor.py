@@ -18,6 +18,7 @@ from mxfp4_rl.quant.hadamard import rotate_back
 from mxfp4_rl.quant.scales import divided, exp2_byte
 
 CHUNK = 1 << 17  # elements; three float32 buffers of this size fit two cores' level-2 caches
+GPU_CHUNK = 1 << 23  # a GPU has no use for a cache's worth: every operation on a chunk is a launch
 
 
 class QuantizedTensor:
@@ -43,7 +44,7 @@ class QuantizedTensor:
         rows = self.scales.numel() // blocks if blocks else 0
         out = torch.empty(rows, length, dtype=dtype, device=self.codes.device)
         width = blocks * self.block_size
-        for r in row_chunks(rows, width):
+        for r in row_chunks(rows, width, self.codes.device):
             x = self._dequantize_rows(r, rows).view(-1, width)
             if self.hadamard:
                 x = rotate_back(x, self.hadamard)
@@ -197,9 +198,10 @@ def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-65504, 65504) if dtype == torch.float16 else x
 
 
-def row_chunks(rows: int, width: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about CHUNK elements over rows of `width` elements, each (but the last) a multiple of `multiple` rows."""
-    step = max(1, CHUNK // max(width, 1) // multiple) * multiple
+def row_chunks(rows: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows of `width` elements, as many as suit the device, each (but the last) a multiple of `multiple` rows."""
+    size = CHUNK if device.type == "cpu" else GPU_CHUNK
+    step = max(1, size // max(width, 1) // multiple) * multiple
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
