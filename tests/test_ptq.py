@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, cli, convert, quantize
-from mxfp4_rl.nn import converted_layers
+from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.ptq.outputs import LayerOutputs, mean_and_worst
 from mxfp4_rl.ptq.perplexity import difference, perplexity, token_losses, windows_of
 from mxfp4_rl.ptq.rules import recipes_of
@@ -127,7 +127,7 @@ def test_rules_come_in_the_papers_order(model, like):
 
 
 @pytest.mark.parametrize("words", [*NVFP4, *MXFP4])
-def test_every_rule_is_a_key_of_a_run_s_weights(model, words):
+def test_every_rule_is_a_key_of_a_run_s_weights(model, path, words):
     """`mxfp4.recipe.weight.scale_rule`: what the weight sync packs is the trainer's operand, activations stay static."""
     recipe = QuantRecipe.parse(words)
     block = {"format": recipe.format, "weight": {"scale_rule": recipe.scale_rule}}
@@ -140,6 +140,15 @@ def test_every_rule_is_a_key_of_a_run_s_weights(model, words):
     layer.hold(packed, torch.bfloat16)
     assert torch.equal(layer.weight_operand(torch.bfloat16), own)
     assert torch.equal(packed.codes, quantize(layer.weight.detach(), recipe).codes)
+    rollout = make_rollout_layer(path, run)
+    rollout.hold(packed, torch.bfloat16)
+    assert torch.equal(rollout.weight_operand(torch.bfloat16), own)
+
+
+def make_rollout_layer(path, recipe):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    convert_for_rollout(model, recipe)
+    return model.get_submodule("model.layers.0.self_attn.q_proj")
 
 
 def test_dss_s_other_scale_wins_nowhere_and_its_neighbouring_codes_do(model):
@@ -312,7 +321,7 @@ def test_mistakes_are_one_sentence(path, texts, tmp_path, more, words, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     assert ptq(path, *more.split()) == 2
     said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
+    assert words in said and said[said.index("mxfp4-rl: ") :].count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
