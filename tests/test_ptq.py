@@ -265,12 +265,16 @@ def test_the_whole_table(path, texts, tmp_path, capsys, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     ids = torch.tensor(tokenizer((tmp_path / "text.txt").read_text())["input_ids"][:200])
+    bf16 = rows["BF16"]["perplexity"]["value"]
     for name, row in rows.items():
         if name != "BF16":
             Weights(model).quantise(QuantRecipe.parse(name))
         assert row["perplexity"]["value"] == pytest.approx(
             perplexity(token_losses(model, ids, windows_of(200, 64, 32))), rel=1e-6
         )
+        assert row["perplexity"]["loss"] == pytest.approx(math.log(row["perplexity"]["value"] / bf16), abs=1e-5)
+        base = rows["BF16" if name == "BF16" else name.partition("+")[0]]["perplexity"]
+        assert row["perplexity"]["vs_first"] == pytest.approx(row["perplexity"]["loss"] - base["loss"], abs=1e-5)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         assert row["accuracy"]["questions"] == 4
         if name != "BF16":

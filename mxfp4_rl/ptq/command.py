@@ -167,21 +167,24 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if task is not None:
         record["questions"] = task.prepare(tokenizer)
 
-    def measure(row: dict[str, Any], base) -> Any:
-        """Adds what the model does now to the row; returns the losses of the text's tokens."""
+    def measure(row: dict[str, Any], base, first) -> Any:
+        """Adds what the model does now to the row, against the losses of BF16 and of the first rule; returns its own."""
         losses = None
         if windows is not None:
             losses = token_losses(model, ids["text"], windows, _said(row["recipe"], sum(w.stop - w.start for w in windows)))
-            loss, error = difference(losses, losses if base is None else base)
-            row["perplexity"] = {"value": perplexity(losses), "loss": loss, "standard_error": error}
+            row["perplexity"] = {"value": perplexity(losses)}
+            for key, other in (("loss", base), ("vs_first", first)):
+                change, error = difference(losses, losses if other is None else other)
+                row["perplexity"] |= {key: change, f"{key}_standard_error": error}
         if task is not None:
             row["accuracy"] = task.measure(model, tokenizer, stop_ids, row["recipe"])
         return losses
 
     rows = record["results"] = [{"recipe": "BF16", "bits": 16.0}]
     try:
-        base = measure(rows[0], None)
+        base = measure(rows[0], None, None)
         first: dict[str, float] = {}
+        first_losses: dict[str, Any] = {}
         for name, recipe in recipes.items():
             done = weights.quantise(recipe, options.like)
             first.setdefault(recipe.format, done.rel_mse)
@@ -199,7 +202,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 mean, worst_layer, worst = mean_and_worst(errors)
                 row["outputs"] = {"mean": mean, "worst": worst, "worst_layer": worst_layer, "layers": errors}
             rows.append(row)
-            measure(row, base)
+            losses = measure(row, base, first_losses.get(recipe.format))
+            first_losses.setdefault(recipe.format, losses)
             print(f"{name}: weight MSE {done.rel_mse:.4g}, {done.seconds:.1f} s", file=sys.stderr, flush=True)
     except FloatingPointError as error:
         raise LaunchError(f"{options.model}, {rows[-1]['recipe']}: {error}") from error

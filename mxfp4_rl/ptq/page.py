@@ -11,6 +11,7 @@ _READING = {
     "layers, and the worst layer",
     "perplexity": "of the text, every token scored once",
     "loss": "nats a token more than BF16, with the standard error of that difference",
+    "loss vs": "nats a token more than the first rule of the format, likewise; within two standard errors it is noise",
     "accuracy": "share of the questions, greedy, with a 90 % interval",
     "quantise": "seconds from BF16 weights to codes and scales",
     "sync": "seconds that a weight sync of RL takes for the same: each weight by itself, and dequantised for the actor",
@@ -27,7 +28,7 @@ def page(record: dict[str, Any]) -> str:
     has = {key: any(key in row for row in rows) for key in ("outputs", "perplexity", "accuracy")}
     heads = ["recipe", "bits", "weight MSE", "vs"]
     heads += ["output MSE", "worst"] if has["outputs"] else []
-    heads += ["perplexity", "loss"] if has["perplexity"] else []
+    heads += ["perplexity", "loss", "loss vs"] if has["perplexity"] else []
     heads += ["accuracy"] if has["accuracy"] else []
     heads += ["quantise", "sync"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
@@ -49,11 +50,15 @@ def _cells(row: dict[str, Any], has: dict[str, bool]) -> list[str]:
     cells += [_number(row["weights"]["rel_mse"]), _percent(row["weights"]["vs_first"])] if quantised else ["0", ""]
     if has["outputs"]:
         own = row.get("outputs")
-        cells += [_number(own["mean"]), f"{_number(own['worst'])} ({own['worst_layer']})"] if own else ["0", ""]
+        cells += (
+            [_number(own["mean"]), f"{_number(own['worst'])} ({own['worst_layer'].removeprefix('model.')})"]
+            if own
+            else ["0", ""]
+        )
     if has["perplexity"]:
         own = row["perplexity"]
-        error = "" if own["standard_error"] is None else f" ± {own['standard_error']:.4f}"
-        cells += [f"{own['value']:.3f}", f"{own['loss']:+.4f}{error}" if quantised else ""]
+        cells += [f"{own['value']:.3f}"]
+        cells += [_change(own, "loss"), _change(own, "vs_first") if own["vs_first"] else ""] if quantised else ["", ""]
     if has["accuracy"]:
         own = row["accuracy"]
         span = " [{:.3f}, {:.3f}]".format(*own["interval"]) if own["interval"] else ""
@@ -101,6 +106,11 @@ def _parts(parts: dict[str, Any]) -> list[str]:
         f"A scale other than the stored one to round at had the least error in {parts['other_beta_won']} of "
         f"{parts['blocks_and_rounds']:,} choices.",
     ]
+
+
+def _change(own: dict[str, Any], key: str) -> str:
+    error = own[f"{key}_standard_error"]
+    return f"{own[key]:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _number(value: float) -> str:
