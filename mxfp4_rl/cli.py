@@ -1,4 +1,4 @@
-"""The command line: `mxfp4-rl train`, `report`, `eval`, `decompose` and `doctor`.
+"""The command line: `mxfp4-rl train`, `report`, `eval`, `ptq`, `export`, `decompose` and `doctor`.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start (a mistake in the configuration, told in one sentence);
 130 Ctrl-C; 143 SIGTERM. MXFP4_RL_DEBUG=1 shows tracebacks.
@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None, child_command: Sequence[str] | None 
             from mxfp4_rl.export import command as export
 
             return export.run(options)
+        if options.command == "ptq":
+            from mxfp4_rl.ptq import command as ptq
+
+            return ptq.run(options, arguments)
         return _report(options)
     except LaunchError as error:
         return _refuse(error, str(error))
@@ -111,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
 
     what = "Write a model's weights, quantised, as a checkpoint that vLLM and transformers load."
     add_export_arguments(commands.add_parser("export", help="a checkpoint to serve", description=what, allow_abbrev=False))
+
+    from mxfp4_rl.ptq.command import add_arguments as add_ptq_arguments
+
+    what = "Quantise a model's weights with several scale rules, and measure what each leaves of it and costs."
+    add_ptq_arguments(commands.add_parser("ptq", help="scale rules side by side", description=what, allow_abbrev=False))
 
     what = "Split a checkpoint's quantisation error into its parts, and measure what each correction repairs."
     add_arguments(commands.add_parser("decompose", help="what MXFP4 does to a model", description=what, allow_abbrev=False))

@@ -398,7 +398,7 @@ def test_the_default_directory_has_the_models_name(tmp_path, capsys):
     assert cli.main(["decompose", str(model), "--no-figures"]) == 0
     assert "runs/decompose/some.model" in capsys.readouterr().out
     assert (tmp_path / "runs/decompose/some.model/decompose.json").is_file()
-    assert command._folder_name("org/name-1.5") == "org--name-1.5"
+    assert command.folder_name("org/name-1.5") == "org--name-1.5"
 
 
 # --- mistakes

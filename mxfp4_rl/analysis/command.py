@@ -120,8 +120,8 @@ def _run(options: argparse.Namespace, pressed: list[int]) -> int:
     pattern = _pattern(options.layers)
     if options.rows is not None and options.rows < 1:
         raise LaunchError(f"--rows {options.rows} measures nothing: give 1 or more, or leave it out for all rows")
-    out = Path(options.out) if options.out else OUT_ROOT / _folder_name(options.model)
-    _check_writable(out)
+    out = Path(options.out) if options.out else OUT_ROOT / folder_name(options.model)
+    check_writable(out)
 
     # Only now: torch takes seconds to import, and a mistake above should be told at once.
     import torch
@@ -216,14 +216,15 @@ def _pattern(text: str | None) -> re.Pattern | None:
         raise LaunchError(f"--layers {text!r} is not a regular expression: {error}") from error
 
 
-def _folder_name(model: str) -> str:
+def folder_name(model: str) -> str:
+    """What a model's folder under `runs/...` is called."""
     name = Path(model).resolve().name if Path(model).exists() else model
     name = re.sub(r"\.(safetensors|gguf)$", "", name)
     return re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"
 
 
-def _check_writable(out: Path) -> None:
-    """Minutes of measuring should not end at a folder that cannot be written."""
+def check_writable(out: Path) -> None:
+    """Raise LaunchError where `out` cannot be written: minutes of measuring should not end there."""
     nearest = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise LaunchError(f"--out {out}: {nearest} is a file; give a folder")

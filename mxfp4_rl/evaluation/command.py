@@ -110,8 +110,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from mxfp4_rl.launch.records import versions
     from mxfp4_rl.nn import convert, plan
 
-    device = _device(options.device)
-    tokenizer, model, stop_ids = _load(path, device)
+    device = find_device(options.device)
+    tokenizer, model, stop_ids = load(path, device)
     if recipe is not None:
         try:
             plan(model, recipe)
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             print(f"quantised: {convert(model, recipe).describe().splitlines()[0]}; {recipe.describe()}")
         try:
             measured = answer(
-                model, tokenizer, questions, reward, draw, stop_ids, _progress(name, len(questions) * draw.samples)
+                model, tokenizer, questions, reward, draw, stop_ids, progress(name, len(questions) * draw.samples)
             )
         except torch.OutOfMemoryError as error:
             raise LaunchError(f"--batch {options.batch} does not fit {device}: give a smaller one ({error})") from error
@@ -156,7 +156,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         "examples": _examples(questions, examples, tokenizer),
         "versions": versions(arguments),
     }
-    _write(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", out)
+    write(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", out)
     print(f"written: {out}")
     return 0
 
@@ -189,7 +189,12 @@ def _out_file(options: argparse.Namespace) -> Path:
     return out
 
 
-def _device(given: str | None) -> str:
+def find_device(given: str | None) -> str:
+    """The device of --device; a GPU where there is one, if it was not given.
+
+    Raises:
+        LaunchError: no such device.
+    """
     import torch
 
     if given is None:
@@ -201,8 +206,12 @@ def _device(given: str | None) -> str:
     return given
 
 
-def _load(path: str, device: str):
-    """(tokenizer, model in BF16, ids that end a reply)."""
+def load(path: str, device: str):
+    """(tokenizer, model in BF16 in eval mode, ids that end a reply) of what transformers loads from `path`.
+
+    Raises:
+        LaunchError: it loads no causal language model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -217,7 +226,7 @@ def _load(path: str, device: str):
     return tokenizer, model, {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-def _progress(name: str, total: int):
+def progress(name: str, total: int):
     """Says how far it is, on stderr, at most every ten seconds."""
     done, began, said = 0, time.monotonic(), time.monotonic()
 
@@ -269,7 +278,12 @@ def _examples(questions, measured: dict, tokenizer) -> list[dict]:
     ]
 
 
-def _write(text: str, out: Path) -> None:
+def write(text: str, out: Path) -> None:
+    """A file, whole or not at all, its folder made where needed.
+
+    Raises:
+        LaunchError: it cannot be written.
+    """
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
