@@ -20,7 +20,7 @@ _COMPONENTS = {"scale_bias": "scale bias", "deadzone": "deadzone", "grid_noise":
 
 
 def draw_curves(by_rung: dict[str, list[StoredRun]]) -> Figure:
-    """Reward, validation, entropy, mismatch, gradient norm and its ratio to BF16's."""
+    """Reward, validation, entropy, mismatch, and the gradient's norm and direction against BF16's."""
     logs = [run.log for runs in by_rung.values() for run in runs if run.log]
     validation = next(iter(m for log in logs for m in log.validation_metrics().values()), "val")
     panels = [
@@ -28,8 +28,8 @@ def draw_curves(by_rung: dict[str, list[StoredRun]]) -> Figure:
         (validation, "validation accuracy", "linear"),
         ("actor/entropy", "entropy (nats per token)", "linear"),
         ("rollout_corr/k3_kl", "k3 KL of rollout and trainer", "log"),
-        ("actor/grad_norm", "gradient norm", "linear"),
         ("ladder/grad_norm_ratio", "gradient norm / BF16's on the same batch", "linear"),
+        ("ladder/grad_cosine", "gradient's cosine with BF16's on the same batch", "linear"),
     ]
     figure = Figure(figsize=(WIDTH_INCHES, 9.0), layout="constrained")
     for index, (metric, title, scale) in enumerate(panels):
@@ -69,7 +69,7 @@ def _draw(axes: Axes, by_rung: dict[str, list[StoredRun]], metric: str, smooth: 
         if log:
             values = np.where(values > 0, values, np.nan)
         keep = np.isfinite(values).any(axis=0)
-        if not keep.any():
+        if not keep.any() or (log and keep.mean() < 0.5):  # zero but for a few steps: no line
             continue
         steps, values = steps[keep], values[np.isfinite(values).any(axis=1)][:, keep]
         if smooth:
@@ -80,7 +80,7 @@ def _draw(axes: Axes, by_rung: dict[str, list[StoredRun]], metric: str, smooth: 
         if len(values) > 1:
             low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-    if log:
+    if log and axes.lines:
         _log_scale(axes)
 
 

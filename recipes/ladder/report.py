@@ -325,7 +325,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
         drawn = {name: by_rung[name] for name in names if name in by_rung and any(r.log for r in by_rung[name])}
         if not drawn:
             continue
-        references = () if group == "ladder" else (BASELINE, "w4a4+mbs+of")
+        references = () if group == "ladder" else (BASELINE, "w4a4+mbs+of", "w4a4+mbs+of1")
         drawn = {name: by_rung[name] for name in references if name in by_rung} | drawn
         for kind, draw in (("curves", draw_curves), ("components", draw_components)):
             figure = draw(drawn)
