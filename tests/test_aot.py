@@ -48,7 +48,7 @@ from mxfp4_rl import QuantRecipe
 from mxfp4_rl.kv_cache.blocks import Blocks, Stored
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
-PLAIN, MBS, BOTH = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of0.5"))
+PLAIN, MBS, BOTH, DRAWN = (QuantRecipe.parse(name) for name in ("mxfp4", "mxfp4+mbs", "mxfp4+mbs+of0.5", "mxfp4+sr"))
 MBS32, MBS256 = (QuantRecipe.parse(name) for name in ("mxfp4+mbs32", "mxfp4+mbs256"))
 MMA, WGMMA, WGMMA_FP8 = r"mma\.sync\S*bf16", r"wgmma\S*bf16", r"wgmma\S*e4m3"
 TO_FP8 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
@@ -174,6 +174,7 @@ CASES = [
     Case("operand", lambda: operand(meta(512, 4096), PLAIN, 1, torch.bfloat16), (80, 90)),
     Case("operand, columns", lambda: operand(meta(512, 4096), PLAIN, 0, torch.bfloat16), (80, 90)),
     Case("operand, both corrections", lambda: operand(meta(512, 4096), BOTH, 1, torch.bfloat16)),
+    Case("operand, stochastic", lambda: operand(meta(512, 4096), DRAWN, 1, torch.bfloat16)),
     Case("codes", lambda: packed(meta(512, 4096), PLAIN, 1), (80, 90)),
     Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0)),
     Case(

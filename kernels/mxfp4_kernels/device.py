@@ -25,8 +25,12 @@ LAST_AXIS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])
 
 
 @functools.cache
-def unsupported(recipe: QuantRecipe) -> str | None:
-    """Why the kernels do not compute the recipe, which then runs the reference; None if they do."""
+def unsupported(recipe: QuantRecipe, draws: bool = False) -> str | None:
+    """Why the kernels do not compute the recipe, which then runs the reference; None if they do.
+
+    Args:
+        draws: of a kernel that rounds stochastically too.
+    """
     reasons = {
         f"its format is {recipe.format}": recipe.format != "mxfp4",
         "its scales are searched for": recipe.scale_rule == "search",
@@ -36,7 +40,7 @@ def unsupported(recipe: QuantRecipe) -> str | None:
         and recipe.macro_size not in (32, 64, 128, 256),
         "its fallback is masked": recipe.fallback_fraction is not None or recipe.fallback_threshold is not None,
         f"its pre-scale is {recipe.pre_scale}": recipe.pre_scale != 1,
-        "it rounds stochastically": recipe.rounding != "nearest",
+        "it rounds stochastically": recipe.rounding != "nearest" and not draws,
         "its blocks are tiles": recipe.tile,
         "it rotates": bool(recipe.hadamard),
     }
@@ -175,6 +179,34 @@ def round_e2m1(t):
     rounded = tl.fma(power, -6291456.0, tl.fma(power, 6291456.0, t))
     rounded = tl.minimum(tl.abs(rounded), 6.0, propagate_nan=tl.PropagateNan.ALL)
     return (rounded.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def uniform(place, seed, STREAM: tl.constexpr):
+    """float32 in [0, 1) for the elements at `place` (int64) of their tensor (`philox.uniform`): multiples of 2^-24.
+
+    A word of four is an element's own; the other three are made in vain, which costs less than to exchange them.
+    """
+    quarter = place >> 2
+    low, high = (quarter & 0xFFFFFFFF).to(tl.uint32), (quarter >> 32).to(tl.uint32)
+    stream = tl.full(place.shape, STREAM, tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, stream, tl.zeros_like(stream))
+    own = (place & 3).to(tl.int32)
+    word = tl.where(own < 2, tl.where(own == 0, a, b), tl.where(own == 2, c, d))
+    return (word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+
+
+@triton.jit
+def round_e2m1_stochastic(t, uniform):
+    """One of the two E2M1 neighbours of t, saturating; NaN stays NaN (`elements.round_e2m1_stochastic`)."""
+    magnitude = tl.minimum(tl.abs(t), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    power = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    step = power.to(tl.float32, bitcast=True) * 0.5
+    steps = magnitude * ((255 << 23) - power).to(tl.float32, bitcast=True)  # times 2 / power: exact
+    lower = tl.floor(steps)
+    rounded = (lower + (uniform < steps - lower).to(tl.float32)) * step
+    rounded = tl.where(magnitude == magnitude, rounded, magnitude)
+    return (rounded.to(tl.int32, bitcast=True) | (t.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

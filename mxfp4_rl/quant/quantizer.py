@@ -103,8 +103,8 @@ def fake_quantize(
     """
     recipe = recipe or QuantRecipe()
     check(x, axis)
-    if kernels := triton_module(_KERNELS, x, recipe, backend):
-        return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype)
+    if kernels := triton_module(_KERNELS, x, recipe, backend, draws=True):
+        return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype, seed)
     rows = Rows(x.detach(), axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
     for r, chunk in _passes(rows, recipe, seed)[1]:
@@ -148,12 +148,16 @@ def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:
 
 
 def backend_for(recipe: QuantRecipe, device: torch.device) -> str:
-    """What `backend=None` runs a recipe with on a device: "triton" or "reference"."""
-    return "reference" if triton_module(_KERNELS, torch.empty(0, device=device), recipe, None) is None else "triton"
+    """What makes an operand of a recipe on a device (`fake_quantize`, `backend=None`): "triton" or "reference"."""
+    kernels = triton_module(_KERNELS, torch.empty(0, device=device), recipe, None, draws=True)
+    return "reference" if kernels is None else "triton"
 
 
-def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str | None):
+def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str | None, draws: bool = False):
     """Module `name` of mxfp4_kernels if `backend` and the recipe have Triton run on x, or None for the reference.
+
+    Args:
+        draws: its kernel rounds stochastically where the recipe says so.
 
     Raises:
         ValueError: as `quantize`.
@@ -172,7 +176,7 @@ def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str 
         return None
     if backend == "triton" and not x.is_cuda and not INTERPRETED.value:
         raise ValueError(f"backend='triton' runs on CUDA, not on {x.device.type}: use 'reference', or set TRITON_INTERPRET=1")
-    if why := unsupported(recipe):
+    if why := unsupported(recipe, draws):
         if backend == "triton":
             raise ValueError(f"backend='triton' has no kernel for {recipe.describe()} ({why}): use 'reference' or None")
         return None

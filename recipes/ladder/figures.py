@@ -82,6 +82,8 @@ def _draw(axes: Axes, by_rung: dict[str, list[StoredRun]], metric: str, smooth: 
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
     if log and axes.lines:
         _log_scale(axes)
+    elif log:
+        axes.text(0.5, 0.5, "zero", ha="center", transform=axes.transAxes, color="#999999")
 
 
 def _axes(figure: Figure, position: tuple[int, int, int], title: str) -> Axes:

@@ -35,6 +35,26 @@ def test_codes_and_operands_are_the_reference_s(shape, name, dtype):
                 assert_same(quantize_kernel.operand(x.to(DEVICE), recipe, axis, out), fake_quantize(x, recipe, axis, dtype=out))
 
 
+@pytest.mark.parametrize("name", ["mxfp4+sr", "mxfp4+sr+mbs+of", "mxfp4+sr+oas+of1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stochastic_rounding_draws_what_the_reference_draws(shape, name):
+    recipe, x = QuantRecipe.parse(name), data(shape, torch.float32)
+    for seed in (12345, 2**62 + 7):
+        for axis in range(len(shape)):
+            got = quantize_kernel.operand(x.to(DEVICE), recipe, axis, torch.float32, seed)
+            assert_same(got, fake_quantize(x, recipe, axis, seed=seed))
+
+
+def test_stochastic_rounding_without_a_seed_takes_it_from_pytorch_as_the_reference_does():
+    recipe, x = QuantRecipe.parse("mxfp4+sr"), torch.randn(5, 64)
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(3)
+        results.append([fake_quantize(x.to(DEVICE), recipe, backend=backend).cpu() for _ in range(2)])
+    (a, b), reference = results
+    assert torch.equal(a, reference[0]) and torch.equal(b, reference[1]) and not torch.equal(a, b)
+
+
 @pytest.mark.parametrize("alpha", [None, 0.5, 1e-30])
 @pytest.mark.parametrize("macro_size", [32, 128])
 def test_quotients_by_factors_are_rounded_correctly(macro_size, alpha):

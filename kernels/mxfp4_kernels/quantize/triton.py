@@ -22,10 +22,12 @@ from mxfp4_kernels.device import (
     launches,
     over_factor,
     round_e2m1,
+    round_e2m1_stochastic,
     second_scale,
     tile_of,
     tiny,
     to_type,
+    uniform,
 )
 from mxfp4_kernels.views import matrices, merges, one_row, paired
 from mxfp4_rl.quant.tensor import MXFP4Tensor
@@ -84,12 +86,22 @@ def _pointers(ptr, m0, k0, rows, start, step, stride_m, stride_k):
 
 
 @triton.jit
+def _round(t, place, seed, STREAM: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """t in units of its scale, rounded as the recipe says; `place` is an element's own (`mxfp4_rl.quant.philox`)."""
+    if STOCHASTIC:
+        return round_e2m1_stochastic(t, uniform(place, seed, STREAM))
+    else:
+        return round_e2m1(t)
+
+
+@triton.jit(do_not_specialize=["seed", "place"])
 def _operand_kernel(
-    x_ptr, out_ptr, M, K, stride_m, stride_k, out_m, out_k, alpha,
+    x_ptr, out_ptr, M, K, stride_m, stride_k, out_m, out_k, alpha, seed: tl.int64, place: tl.int64,
     CARRY: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, FALLBACK: tl.constexpr,
     R: tl.constexpr, NB: tl.constexpr, SHARE: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """EVEN: K is a multiple of 32."""
+    """EVEN: K is a multiple of 32. seed: of stochastic rounding. place: of x's first element among those of whole blocks."""
     m0, k0, height, width = tile_of(M, K, R, NB * 32)
     rows, start, step = _places(R, NB, SHARE, V, COLUMNS)
     mask = (rows < height) & (start < width if EVEN else start + step < width)
@@ -99,7 +111,9 @@ def _operand_kernel(
     byte, factor = first_scale(amax, CARRY, SHIFT, GROUP, LARGEST)
     scale = exp2_byte(byte)
     t = x * (inverse_scale(byte) * factor)[:, :, None]
-    first = round_e2m1(t)
+    if STOCHASTIC:
+        place += _as_blocks((m0 + rows) * (tl.cdiv(K, 32) * 32) + k0 + start + step, R, NB, SHARE, COLUMNS)
+    first = _round(t, place, seed, 0, STOCHASTIC)
     x_hat = first * scale[:, :, None]
     is_tiny = tiny(amax, scale)
     if FALLBACK:
@@ -107,7 +121,7 @@ def _operand_kernel(
         rest_amax = largest_magnitude(rest, 2)
         byte2, shift = second_scale(rest_amax, byte, CARRY, SHIFT)
         scale2 = exp2_byte(byte2)
-        second = round_e2m1(rest * inverse_scale(shift)[:, :, None])
+        second = _round(rest * inverse_scale(shift)[:, :, None], place, seed, 1, STOCHASTIC)
         x_hat = tl.fma(first, tl.broadcast_to(scale[:, :, None], x.shape), second * scale2[:, :, None] * alpha)  # exact product
         is_tiny |= tiny(rest_amax, scale2 * alpha)
     if GROUP > 0:
@@ -202,16 +216,22 @@ def _packed_kernel(
 
 
 @launches
-def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype) -> torch.Tensor:
+def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype, seed: int | None = None) -> torch.Tensor:
     """`fake_quantize` of a contiguous or strided tensor; the result is contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    stochastic = recipe.rounding == "stochastic"
+    if stochastic and seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    place = 0
     for pair in paired(x, out, axis):
+        rows, length = pair[0].shape
         x_matrix, out_matrix = one_row(_unit(recipe), *pair)
         tile, grid = _tiling(x_matrix, recipe, 2, 1 if recipe.fallback_alpha is None else 2)
         _operand_kernel[grid](
             x_matrix, out_matrix, *x_matrix.shape, *x_matrix.stride(), *out_matrix.stride(), recipe.fallback_alpha or 0.0,
-            **tile, **constants(recipe),
+            seed or 0, place, **tile, **constants(recipe), STOCHASTIC=stochastic,
         )  # fmt: skip
+        place += rows * -(-length // BLOCK) * BLOCK
     return out
 
 
