@@ -70,11 +70,12 @@ class AQNSettings:
                 raise RecipeError(f"mxfp4.aqn.{name}={value!r} must be a number, such as mxfp4.aqn.{name}=0.01")
 
     def schedule(self, total_steps: int):
-        """The schedule for a run of `total_steps`, or None when switched off. Raises RecipeError on wrong values."""
+        """The schedule for a run of `total_steps`, or None when switched off. Raises RecipeError on wrong values, also then."""
         from mxfp4_rl.noise import AQNSchedule
 
         values = {k: v for k, v in vars(self).items() if k != "enable"}
-        return AQNSchedule(total_steps=total_steps, **values) if self.enable else None
+        schedule = AQNSchedule(total_steps=total_steps, **values)
+        return schedule if self.enable else None
 
 
 @dataclass(frozen=True)

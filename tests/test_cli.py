@@ -143,7 +143,7 @@ MISTAKES = {
     "nothing left": (["mxfp4.recipe.exclude=['re:proj']"], ["nothing to quantise", "change the recipe"]),
     "steps": (["trainer.total_training_steps=0"], ["trainer.total_training_steps=0", "positive integer, or null"]),
     "steps unknown": (
-        ["trainer.total_training_steps=null", "data.filter_overlong_prompts=true"],
+        ["trainer.total_training_steps=null", "data.filter_overlong_prompts=true", "mxfp4.aqn.enable=true"],
         ["trainer.total_training_steps is null", "set trainer.total_training_steps"],
     ),
     "batch": (["data.train_batch_size=4"], ["ppo_mini_batch_size=8 exceeds data.train_batch_size=4", "use 4"]),
@@ -339,7 +339,7 @@ def test_help_version_and_printed_config(capsys):
 def test_dry_run_checks_and_leaves_nothing(model_dir, tmp_path, no_child, capsys):
     assert cli.main(quickstart(model_dir, "--dry-run")) == 0
     out = capsys.readouterr().out
-    assert "14 Linear layers quantised" in out and "mxfp4 rceil + MBS static 128 + OF 0.5" in out
+    assert "14 Linear layers quantised" in out and "mxfp4 rceil + MBS static 128 + OF 1" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -677,7 +677,7 @@ def test_finished_run_in_plain_text(tmp_path, model_dir, capfd):
     assert cli.main(arguments, command) == 0
     out, _ = capfd.readouterr()
     for line in (
-        "  recipe  W: mxfp4 rceil + MBS static 128 + OF 0.5; A: ",
+        "  recipe  W: mxfp4 rceil + MBS static 128 + OF 1; A: ",
         "validation after step 0: sums acc 0.250",
         "step 3/3  reward 0.300  entropy 1.000  scale/deadzone/grid 1.00/2.00/3.00 e-3  2.0 s  ETA 0:00",
         "[mxfp4] alarm: step 3: entropy: actor/entropy is low",  # also after the first step, when phases no longer are shown

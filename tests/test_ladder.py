@@ -244,7 +244,7 @@ def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
     start = next(iter(json.loads(logs[0].read_text().splitlines()[0])["data"].values()))
     assert f"| BF16 | 0 | {start:.3f} | {scores['bf16'].mean():.3f} |" in text and "not finite" not in text
     assert f"| {difference:+.3f} | one seed |" in text
-    assert "**Missing: 7 runs.**" in text and "w4a16, seed 0: not started" in text
+    assert "**Missing: 8 runs.**" in text and "w4a16, seed 0: not started" in text
     assert "w4a4+mbs/seed0" in text and "4.312 / 4.312" in text
     for name in ("curves", "components"):
         assert (out / f"results/ladder_{name}.png").stat().st_size > 10_000

@@ -122,7 +122,7 @@ def test_the_shipped_configuration_is_valid_and_off_by_default_elsewhere():
     shipped = OmegaConf.load(files("mxfp4_rl.configs") / "mxfp4.yaml").mxfp4
     shipped.run_dir = "runs/x"
     settings = Settings.from_config(shipped)
-    assert settings.enable and settings.recipe.weight.fallback_alpha == 0.5 and settings.aqn.enable
+    assert settings.enable and settings.recipe.weight.fallback_alpha == 1.0 and not settings.aqn.enable
     assert not Settings.from_config(None).enable
 
 

@@ -41,6 +41,7 @@ def command(folder, run_dir, *overrides):
         *("data.train_batch_size=4", "data.val_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=2"),
         *("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "trainer.val_before_train=false", "trainer.test_freq=-1"),
         *("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8", "mxfp4.recipe.grad={rounding:stochastic}"),
+        "mxfp4.aqn.enable=true",
         *("trainer.logger=[console]", "trainer.resume_mode=auto", "trainer.max_actor_ckpt_to_keep=2", *overrides),
     ]
 

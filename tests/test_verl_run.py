@@ -101,7 +101,7 @@ def test_two_steps_of_grpo_in_mxfp4(model, tmp_path):
     assert (run_dir / "report" / "report.html").stat().st_size > 50_000
     assert list((run_dir / "tensorboard").rglob("events.*")) and list((run_dir / "wandb").glob("offline-run-*"))
     recipe = json.loads((run_dir / "checkpoints" / "global_step_2" / "mxfp4_recipe.json").read_text())
-    assert recipe["weight"]["fallback_alpha"] == 0.5 and recipe["overrides"]["down_proj"]["macro_size"] == 64
+    assert recipe["weight"]["fallback_alpha"] == 1.0 and recipe["overrides"]["down_proj"]["macro_size"] == 64
 
     alarm = "step 1: entropy: actor/entropy is "
     watched = LiveRun(run_dir)
@@ -188,6 +188,7 @@ def mixture_run(model, run_dir, steps, *overrides):
             "trainer.val_before_train=false",
             "trainer.save_freq=2",
             "trainer.resume_mode=auto",
+            "mxfp4.aqn.enable=true",
             *overrides,
         ),
         env=environment(run_dir.parent),
@@ -206,7 +207,7 @@ def mixture_run(model, run_dir, steps, *overrides):
 def test_a_mixture_of_experts_trains_and_resumes_with_another_recipe(enable, tmp_path):
     run_dir = tmp_path / "run"
     moe = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
-    log = mixture_run(moe, run_dir, 2, f"mxfp4.enable={str(enable).lower()}")
+    log = mixture_run(moe, run_dir, 2, f"mxfp4.enable={str(enable).lower()}", "mxfp4.recipe.fallback_alpha=0.5")
     run = RunLog.load(run_dir)
     assert all(math.isfinite(v) and v > 0 for v in run.series("actor/grad_norm")[1])
     assert all(abs(v) < (0.05 if enable else 0.01) for v in run.series("rollout_corr/k3_kl")[1])
@@ -222,7 +223,7 @@ def test_a_mixture_of_experts_trains_and_resumes_with_another_recipe(enable, tmp
     assert (run_dir / "report" / "report.html").stat().st_size > 50_000
     assert list((run_dir / "checkpoints" / "global_step_2").rglob("*.pt"))
 
-    log = mixture_run(moe, run_dir, 3, "mxfp4.recipe.fallback_alpha=1.0")
+    log = mixture_run(moe, run_dir, 3)
     assert "another recipe than this run's" in log
     steps, error = RunLog.load(run_dir).series("mxfp4/rel_mse")
     assert list(steps) == [1, 2, 3]
