@@ -22,7 +22,7 @@ useful overrides (any key of verl's and of the mxfp4 block; --print-config shows
   data.train_files=a.parquet                your data (with mxfp4.task=null), data.val_files too
   mxfp4.recipe.macro_block=null             no macro-block scaling; "static" or "dynamic"
   mxfp4.recipe.fallback_alpha=null          no outlier fallback; or alpha in (0, 1]
-  mxfp4.aqn.enable=false                    no exploration noise
+  mxfp4.aqn.enable=true                     exploration noise
   mxfp4.enable=false                        plain verl in BF16
 """
 

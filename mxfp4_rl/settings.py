@@ -67,7 +67,9 @@ class AQNSettings:
         for name in ("sigma_start", "sigma_end", "stages", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise RecipeError(f"mxfp4.aqn.{name}={value!r} must be a number, such as mxfp4.aqn.{name}=0.01")
+                raise RecipeError(
+                    f"mxfp4.aqn.{name}={value!r} must be a number, such as mxfp4.aqn.{name}={getattr(type(self), name)}"
+                )
 
     def schedule(self, total_steps: int):
         """The schedule for a run of `total_steps`, or None when switched off. Raises RecipeError on wrong values, also then."""

@@ -124,12 +124,12 @@ def _gpus(nodes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _fit(sizes: list[int], nodes: Mapping[str, float]) -> bool:
     """Whether groups of these sizes find room, each on one node."""
-    left = sorted(nodes.values(), reverse=True)
+    left = list(nodes.values())
     for size in sorted(sizes, reverse=True):
-        place = next((i for i, count in enumerate(left) if count >= size), None)
+        place = min((i for i, count in enumerate(left) if count >= size), key=left.__getitem__, default=None)
         if place is None:
             return False
-        left[place] -= size
+        left[place] -= size  # the smallest that holds it: larger ones are kept for several
     return True
 
 

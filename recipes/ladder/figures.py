@@ -69,7 +69,7 @@ def _draw(axes: Axes, by_rung: dict[str, list[StoredRun]], metric: str, smooth: 
         if log:
             values = np.where(values > 0, values, np.nan)
         keep = np.isfinite(values).any(axis=0)
-        if not keep.any() or (log and keep.mean() < 0.5):  # zero but for a few steps: no line
+        if not keep.any() or (log and keep.mean() < 0.5 and np.nanmax(values) < 1e-2):  # as good as zero: no line
             continue
         steps, values = steps[keep], values[np.isfinite(values).any(axis=1)][:, keep]
         if smooth:

@@ -238,7 +238,8 @@ def _mechanism(by_rung: dict[str, list[StoredRun]]) -> list[str]:
     rows = []
     for runs in by_rung.values():
         quarter = runs[0].config["options"]["steps"] // 4
-        entropy = f"{mean(runs, 'actor/entropy', slice(0, quarter))}, {mean(runs, 'actor/entropy', slice(3 * quarter, None))}"
+        ended = [run for run in runs if run.scores is not None]
+        entropy = f"{mean(runs, 'actor/entropy', slice(0, quarter))}, {mean(ended, 'actor/entropy', slice(3 * quarter, None))}"
         rows.append([runs[0].config["label"], *(mean(runs, metric) for metric in _MECHANISM.values()), entropy])
     return _table(["rung", *_MECHANISM, "entropy, first and last quarter"], rows)
 
