@@ -38,6 +38,16 @@ def recipe_of(name: str, without: tuple[str, ...] = ("bf16",)):
     return ModelRecipe(weight=quant, activation=quant if kind == "w4a4" else None)
 
 
+def recipe_with(words: str, **others):
+    """ModelRecipe with "mxfp4+mbs" for weights and activations, and other values of it; `grad` in words too."""
+    from mxfp4_rl import ModelRecipe, QuantRecipe
+
+    own = QuantRecipe.parse(words)
+    if "grad" in others:
+        others["grad"] = QuantRecipe.parse(others["grad"])
+    return ModelRecipe(**{"weight": own, "activation": own, **others})
+
+
 def tell(result: dict) -> None:
     """The child's side."""
     print(_MARK + json.dumps(result), flush=True)

@@ -226,17 +226,17 @@ def load(path: str, device: str):
     return tokenizer, model, {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-def progress(name: str, total: int):
-    """Says how far it is, on stderr, at most every ten seconds."""
+def progress(name: str, total: int, what: str = "replies"):
+    """Says how many of `total` are done, on stderr, at most every ten seconds."""
     done, began, said = 0, time.monotonic(), time.monotonic()
 
-    def advance(replies: int) -> None:
+    def advance(more: int) -> None:
         nonlocal done, said
-        done += replies
+        done += more
         now = time.monotonic()
         if now - said >= 10 and done < total:
             said = now
-            print(f"{name}: {done} of {total} replies, {(now - began) / done * (total - done):.0f} s left", file=sys.stderr)
+            print(f"{name}: {done} of {total} {what}, {(now - began) / done * (total - done):.0f} s left", file=sys.stderr)
 
     return advance
 

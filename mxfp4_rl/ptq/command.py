@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ FILES = ("ptq.json", "ptq.md")
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning
 LIKE = ("export", "training")
 EPILOG = """\
-MODEL is a folder of transformers, verl's global_step_N (with the whole model in it), a name on the hub, or
+MODEL is a folder of transformers, verl's global_step_N (with hf_model saved, or merged), a name on the hub, or
 smollm2-135m-instruct. Its Linear weights are quantised, lm_head and routers left out; activations stay in BF16.
 
 scale rules by format, all of them by default:
@@ -118,7 +117,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     # Only now: torch takes seconds to import, and a mistake above should be told at once.
     import torch
 
-    from mxfp4_rl.evaluation.command import find_device, load, write
+    from mxfp4_rl.evaluation.command import find_device, load, progress, write
     from mxfp4_rl.launch.records import versions
     from mxfp4_rl.ptq.outputs import LayerOutputs, mean_and_worst
     from mxfp4_rl.ptq.page import page
@@ -171,7 +170,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         """Adds what the model does now to the row, against the losses of BF16 and of the first rule; returns its own."""
         losses = None
         if windows is not None:
-            losses = token_losses(model, ids["text"], windows, _said(row["recipe"], sum(w.stop - w.start for w in windows)))
+            say = progress(row["recipe"], sum(w.stop - w.start for w in windows), "tokens read")
+            losses = token_losses(model, ids["text"], windows, say)
             row["perplexity"] = {"value": perplexity(losses)}
             for key, other in (("loss", base), ("vs_first", first)):
                 change, error = difference(losses, losses if other is None else other)
@@ -310,21 +310,6 @@ class _Task:
         draw = Draw(1, Sampling(0.0), self._options.max_new_tokens or self._tokens, self._options.batch)
         say = progress(name, len(self._questions))
         return summary(self._questions, answer(model, tokenizer, self._questions, self._reward, draw, stop_ids, say))
-
-
-def _said(name: str, total: int):
-    """Says how far the text is, on stderr, at most every ten seconds."""
-    done, began, said = 0, time.monotonic(), time.monotonic()
-
-    def advance(tokens: int) -> None:
-        nonlocal done, said
-        done += tokens
-        now = time.monotonic()
-        if now - said >= 10 and done < total:
-            said = now
-            print(f"{name}: {done} of {total} tokens read, {(now - began) / done * (total - done):.0f} s left", file=sys.stderr)
-
-    return advance
 
 
 def _export_format(options: argparse.Namespace, recipe) -> str:

@@ -104,7 +104,7 @@ def fake_quantize(
     recipe = recipe or QuantRecipe()
     check(x, axis)
     if kernels := triton_module(_KERNELS, x, recipe, backend, draws=True):
-        return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype, seed)
+        return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype, _drawn(seed, recipe))
     rows = Rows(x.detach(), axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
     for r, chunk in _passes(rows, recipe, seed)[1]:
@@ -128,10 +128,8 @@ def passes(
 
 def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False, tensor_scale: float | None = None):
     """The tensor's quantiser, and an iterator over (rows or the chunk's source, Chunk)."""
-    if seed is None and recipe.rounding == "stochastic":
-        seed = int(torch.randint(2**63 - 1, ()))
     fixed = {} if tensor_scale is None else {"fixed_scale": tensor_scale}
-    quantizer = _QUANTIZERS[recipe.format](recipe, rows, seed, **fixed)
+    quantizer = _QUANTIZERS[recipe.format](recipe, rows, _drawn(seed, recipe), **fixed)
 
     def chunks():
         for r, b in rows.chunks():
@@ -139,6 +137,11 @@ def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool
             yield key, quantizer.chunk(b, r.start * rows.width)
 
     return quantizer, chunks()
+
+
+def _drawn(seed: int | None, recipe: QuantRecipe) -> int | None:
+    """The seed of stochastic rounding, drawn from PyTorch's default generator if it was not given."""
+    return int(torch.randint(2**63 - 1, ())) if seed is None and recipe.rounding == "stochastic" else seed
 
 
 def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:

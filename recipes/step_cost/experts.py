@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import recipe_with
 
 VARIANTS = {  # words of the recipe, values of ModelRecipe; or the name of transformers' implementation
     "BF16, transformers grouped_mm": "grouped_mm",
@@ -69,7 +73,6 @@ def time_of(run, repeats: int) -> float:
 
 
 def measure(variant: str, arguments) -> dict:
-    from mxfp4_rl import ModelRecipe, QuantRecipe
     from mxfp4_rl.nn import MXFP4Experts
     from mxfp4_rl.nn.experts import PROJECTIONS
 
@@ -80,10 +83,7 @@ def measure(variant: str, arguments) -> dict:
         layer.config._experts_implementation = chosen
     else:
         words, others = chosen
-        own = QuantRecipe.parse(words)
-        others = {k: QuantRecipe.parse(v) if k == "grad" else v for k, v in others.items()}
-        recipe = ModelRecipe(**{"weight": own, "activation": own, **others})
-        MXFP4Experts.swap(layer, "experts", dict.fromkeys(PROJECTIONS, recipe))
+        MXFP4Experts.swap(layer, "experts", dict.fromkeys(PROJECTIONS, recipe_with(words, **others)))
 
         def quantise():
             for projection in layer.projections.values():

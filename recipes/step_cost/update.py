@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import SHAPES
+from common import SHAPES, recipe_with
 
 VARIANTS = {  # words of the recipe, values of ModelRecipe
     "bf16": None,
@@ -34,7 +34,7 @@ def build(variant: str, arguments) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mxfp4_rl import ModelRecipe, QuantRecipe, convert
+    from mxfp4_rl import convert
     from mxfp4_rl.nn import converted_layers
 
     values = dict(SHAPES[arguments.shape])
@@ -46,9 +46,7 @@ def build(variant: str, arguments) -> nn.Module:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if VARIANTS[variant] is not None:
         words, others = VARIANTS[variant]
-        own = QuantRecipe.parse(words)
-        others = {k: QuantRecipe.parse(v) if k == "grad" else v for k, v in others.items()}
-        print(convert(model, ModelRecipe(**{"weight": own, "activation": own, **others})).describe(), flush=True)
+        print(convert(model, recipe_with(words, **others)).describe(), flush=True)
         for layer in converted_layers(model).values():
             layer.gathered = True
     policy = dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
@@ -85,15 +83,13 @@ def measure(variant: str, arguments) -> dict:
 
     torch.manual_seed(0)
     model = build(variant, arguments)
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr=1e-6, foreach=True
-    )  # no states: the optimiser's own cost is not the question
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, foreach=True)  # its own cost is not the question
     rows, width = arguments.micro_batch, arguments.prompt + arguments.tokens
     vocabulary = SHAPES[arguments.shape]["vocab_size"]
     batches = []
     for _ in range(arguments.sequences // rows):
         ids = torch.randint(0, vocabulary, (rows, width), device="cuda")
-        batches.append((ids, torch.randn(rows, device="cuda") * (arguments.advantage != 0) * arguments.advantage))
+        batches.append((ids, torch.randn(rows, device="cuda") * arguments.advantage))
     torch.cuda.reset_peak_memory_stats()
     step(model, optimiser, batches, arguments)
     times = [step(model, optimiser, batches, arguments) for _ in range(arguments.repeats)]

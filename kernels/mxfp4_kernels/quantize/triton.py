@@ -217,11 +217,8 @@ def _packed_kernel(
 
 @launches
 def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype, seed: int | None = None) -> torch.Tensor:
-    """`fake_quantize` of a contiguous or strided tensor; the result is contiguous."""
+    """`fake_quantize` of a contiguous or strided tensor; the result is contiguous. Stochastic rounding needs a seed."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stochastic = recipe.rounding == "stochastic"
-    if stochastic and seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
     place = 0
     for pair in paired(x, out, axis):
         rows, length = pair[0].shape
@@ -229,7 +226,7 @@ def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype,
         tile, grid = _tiling(x_matrix, recipe, 2, 1 if recipe.fallback_alpha is None else 2)
         _operand_kernel[grid](
             x_matrix, out_matrix, *x_matrix.shape, *x_matrix.stride(), *out_matrix.stride(), recipe.fallback_alpha or 0.0,
-            seed or 0, place, **tile, **constants(recipe), STOCHASTIC=stochastic,
+            seed or 0, place, **tile, **constants(recipe), STOCHASTIC=recipe.rounding == "stochastic",
         )  # fmt: skip
         place += rows * -(-length // BLOCK) * BLOCK
     return out
