@@ -87,7 +87,7 @@ class KVCacheRecipe:
             raise RecipeError(f"kv_cache: {name} has {what}; only full attention can be cached in 4 bits: use null")
         if getattr(text, "num_kv_shared_layers", None):
             raise RecipeError(f"kv_cache: layers of {name} share their keys and values: use null")
-        self.check_heads(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        self.check_heads(head_channels(text))
 
     def describe(self) -> str:
         """One line for logs."""
@@ -107,3 +107,8 @@ class KVCacheRecipe:
 
 
 _KEYS = tuple(field.name for field in dataclasses.fields(KVCacheRecipe))
+
+
+def head_channels(config) -> int:
+    """Channels of an attention head, of a text model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

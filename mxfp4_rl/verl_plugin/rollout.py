@@ -85,9 +85,9 @@ class RolloutModel:
     def describe_cache(self) -> str:
         """How past tokens are kept, and what reads them for the next one."""
         from mxfp4_rl.kv_cache.attention import path
+        from mxfp4_rl.kv_cache.recipe import head_channels
 
-        text = self.model.config.get_text_config(decoder=True)
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = head_channels(self.model.config.get_text_config(decoder=True))
         return f"{self.settings.kv_cache.describe()}; {path(self.settings.kv_cache, width, self.model.device)}"
 
     def packed_layers(self) -> list:

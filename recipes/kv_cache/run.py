@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mxfp4_rl.kv_cache import ATTENTION, KVCacheRecipe, QuantizedCache
+from mxfp4_rl.kv_cache.recipe import head_channels
 
 RULES = {"static": "static", "search": "search", "4/6": "four_over_six", "rceil": "rceil"}
 VARIANTS = [  # format, rule, sinks, transform, tokens a block
@@ -92,10 +93,7 @@ def measure(model, ids: torch.Tensor, variant: tuple | None, base: torch.Tensor 
 
 def totals(config, dtype: torch.dtype) -> list[dict]:
     """Bytes of the default cache over BF16's, one sequence of each length in one layer of such a model."""
-    heads, width = (
-        config.num_key_value_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    heads, width = config.num_key_value_heads, head_channels(config)
     rows = []
     for length in (128, 512, 1024, 4096, 16384):
         for block in (16, 64):
