@@ -14,9 +14,10 @@ import torch
 from mxfp4_rl.nn import MXFP4Linear, converted_layers, linear
 from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
-from recipes.ladder import grpo, report, run
+from recipes.ladder import grpo, report, run, through_verl
+from recipes.ladder.data import Data
 from recipes.ladder.options import MORE_TO_DO, Options, step_of
-from recipes.ladder.rungs import GROUPS, RUNGS, chosen
+from recipes.ladder.rungs import GROUPS, PRESETS, RUNGS, chosen
 from recipes.ladder.w8a8 import W8A8Linear, e4m3_rows
 
 SMALL = {
@@ -300,3 +301,55 @@ def test_a_mixture_of_experts_climbs_too(tmp_path, task):
     assert all(0 < steps[step]["mxfp4/rel_mse"] < 0.1 and "ladder/grad_cosine" in steps[step] for step in (1, 2))
     with pytest.raises(ValueError, match="fp8 has no experts"):
         grpo.Run(prepared(tmp_path / "fp8", task, RUNGS["fp8"].config(), **options))
+
+
+def test_a_rung_through_verl_has_the_ladders_options(tmp_path):
+    from mxfp4_rl.launch.compose import compose_config
+    from mxfp4_rl.settings import Settings
+
+    options = Options.from_dict({**PRESETS["gpu"], "lr": 3e-5, "norm_std": False, "is_cap": 4.0})
+    for rung in (
+        RUNGS["bf16"],
+        RUNGS["w4a4"],
+        RUNGS["w4a4+mbs+of1"],
+        RUNGS["w4a4g4+mbs+of"],
+        RUNGS["w4a16"],
+        RUNGS["w4a4+aqn"],
+    ):
+        given = through_verl.overrides_of(rung, 2, options, tmp_path / "start", tmp_path / "run")
+        config = compose_config("one_gpu", given)
+        settings = Settings.from_config(config.mxfp4)
+        assert settings.enable == (rung.words is not None)
+        if settings.enable:
+            ours, theirs = settings.recipe.to_dict(), rung.recipe()
+            assert {k: ours[k] for k in theirs} == theirs, rung.name
+            assert settings.aqn.enable == (rung.aqn is not None)
+        assert config.mxfp4.task == options.task
+        assert config.actor_rollout_ref.actor.optim.lr == 3e-5 and config.actor_rollout_ref.rollout.n == options.samples
+        assert config.algorithm.norm_adv_by_std_in_grpo is False and config.data.seed == 3
+        assert config.algorithm.rollout_correction.rollout_is_threshold == 4.0
+        assert config.trainer.total_training_steps == options.steps and config.trainer.test_freq == options.validate_every
+    with pytest.raises(ValueError, match="fp8 is of the ladder's own loop"):
+        through_verl.overrides_of(RUNGS["fp8"], 0, options, tmp_path, tmp_path)
+
+
+def test_what_verl_validated_becomes_the_ladders_result(tmp_path, task):
+    from transformers import AutoTokenizer
+
+    folder, options = tmp_path / "bf16" / "seed0", Options.from_dict({**SMALL, **task})
+    (folder / "validation").mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    rows = Data(options, tokenizer, tmp_path).val
+    lines = [{"input": tokenizer.decode(r["ids"], skip_special_tokens=True), "score": float(i % 2)} for i, r in enumerate(rows)]
+    newest = folder / "validation" / f"{options.steps}.jsonl"
+    newest.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))  # verl sorts by random names
+    through_verl.collect(folder, task["model"], options)
+    done = json.loads((folder / "done.json").read_text())
+    assert done["scores"] == [float(i % 2) for i in range(len(rows))]
+    assert done["problems"] == [row["prompt"][-1]["content"] for row in rows]
+    newest.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(ValueError, match="held-out problems"):
+        through_verl.collect(folder, task["model"], options)
+    newest.rename(newest.with_name("1.jsonl"))
+    with pytest.raises(ValueError, match="not at its last"):
+        through_verl.collect(folder, task["model"], options)

@@ -187,9 +187,9 @@ def _row(name: str, runs: list[StoredRun], baseline: list[StoredRun]) -> list[st
     numbers = [""] * 5
     if ended:
         means = [run.scores.mean() for run in ended]
-        plain = np.mean([np.mean(run.result["scores_unquantised"]) for run in ended])
+        plain = [np.mean(run.result["scores_unquantised"]) for run in ended if "scores_unquantised" in run.result]
         spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
-        numbers[0], numbers[4] = f"{np.mean(means):.3f}{spread}", f"{plain:.3f}"
+        numbers[0], numbers[4] = f"{np.mean(means):.3f}{spread}", f"{np.mean(plain):.3f}" if plain else ""
         d = paired_difference(runs, baseline)
         if name != BASELINE and len(d):
             student = student_interval(d)

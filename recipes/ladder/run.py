@@ -27,6 +27,7 @@ from recipes.ladder.options import MORE_TO_DO, Options, write_atomically
 from recipes.ladder.rungs import GROUPS, PRESETS, Rung, chosen
 
 _IDENTITY = ("recipe", "fp8", "aqn", "seed")  # of a stored run, with the options: a run of other values is another run
+_TOLD_TO_END = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes
 _LOOP = Path(__file__).with_name("grpo.py")
 
 
@@ -99,25 +100,32 @@ class Runner:
             for _, process in self.running.values():
                 process.send_signal(signal.SIGTERM)
 
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # unless the user's own says otherwise
+
+    def command(self, folder: Path) -> list[str]:
+        """What does the run of `folder`."""
+        return [sys.executable, str(_LOOP), str(folder)]
+
     def _start(self, slot: int, folder: Path) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         own = {
-            "OMP_NUM_THREADS": str(max(1, cores // self.jobs)), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        }  # fmt: skip
-        environment = own | os.environ | {"LADDER_JOBS": str(self.jobs), "LADDER_REVISION": self.revision}
+            "OMP_NUM_THREADS": str(max(1, cores // self.jobs)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        environment = own | self.environment | os.environ | {"LADDER_JOBS": str(self.jobs), "LADDER_REVISION": self.revision}
         environment["LADDER_BEGAN"] = str(time.time())
         if self.gpus > 1:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[slot % self.gpus]
         with (folder / "log.txt").open("a") as log:
-            process = subprocess.Popen([sys.executable, str(_LOOP), str(folder)], stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(self.command(folder), stdout=log, stderr=log, env=environment)
         self.running[slot] = folder, process
         print(f"{folder.relative_to(self.out)}: started", flush=True)
 
     def _ended(self, folder: Path, process: subprocess.Popen) -> None:
         code = process.returncode
-        if code == MORE_TO_DO or (self.stopping and code in (-signal.SIGKILL, -signal.SIGTERM)):
+        if code == MORE_TO_DO or (self.stopping and code in _TOLD_TO_END):
             self.unfinished.append(folder)
         elif code != 0:
             self.failed.append(folder)
@@ -164,7 +172,7 @@ def _seconds(folder: Path) -> float:
     return sum(s["wall_s"] for s in json.loads(file.read_text()).values()) if file.is_file() else 0.0
 
 
-def _setting(text: str) -> tuple[str, object]:
+def setting(text: str) -> tuple[str, object]:
     key, _, value = text.partition("=")
     try:
         return key, json.loads(value)
@@ -183,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, help="seconds after which runs end with a checkpoint")
     parser.add_argument("--grace", type=float, default=120.0, help="seconds that they then have for the step they are in")
     parser.add_argument("--preset", choices=PRESETS, default="gpu")
-    parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="KEY=JSON", help="options of grpo.py")
+    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=JSON", help="options of grpo.py")
     parser.add_argument("--report", type=Path, help="where the report goes; default: results.md in --out")
     parser.add_argument("--list", action="store_true", help="print rungs and options, run nothing")
     a = parser.parse_args(arguments)
