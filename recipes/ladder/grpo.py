@@ -38,12 +38,11 @@ from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear
 from mxfp4_rl.noise import AQNSchedule, noise_targets
 from mxfp4_rl.tasks.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_model
 from recipes.ladder.data import Data
-from recipes.ladder.options import MORE_TO_DO, Options, keep_steps, record_session, write_atomically
+from recipes.ladder.options import MORE_TO_DO, Options, free_reply, keep_steps, record_session, write_atomically
 from recipes.ladder.w8a8 import convert_to_w8a8
 
 DTYPE = torch.bfloat16
 _AFTER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-_FREE_REPLY = 48  # tokens: what the model says before it has learnt to give the bare number
 _SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/grad_norm", "timing_s/step")
 
 
@@ -113,12 +112,14 @@ class Run:
         self.untrained = None
         if o.warmup_steps == 0:
             return
-        key = json.dumps([o.model, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm])
+        key = json.dumps(
+            ["with untrained", o.model, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm]
+        )
         file = work / "warmup" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # whoever comes first trains, the others wait
             if not file.is_file():
-                score = fmean(self.validate(max(_FREE_REPLY, o.response_tokens))) if o.validate_every else None
+                score = fmean(self.validate(free_reply(o))) if o.validate_every else None
                 self._new_optimiser(o.warmup_lr)
                 for step in range(1, o.warmup_steps + 1):
                     if self.stop.is_set():

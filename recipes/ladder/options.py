@@ -72,6 +72,11 @@ class Options:
         return options
 
 
+def free_reply(options: Options) -> int:
+    """How many tokens an untrained model may say, which has not learnt yet to give the bare number."""
+    return max(48, options.response_tokens)
+
+
 def step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity for half a line."""
     try:

@@ -20,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.recipe import QuantRecipe
+from recipes.ladder.options import Options, free_reply
 from recipes.ladder.rungs import GROUPS, RUNGS
 
 BASELINE = "bf16"
@@ -307,7 +308,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
     if untrained:
         told = ", ".join(f"{value:.3f}" for value in sorted(untrained))
         text = f"Before the supervised start, which all runs share, the model's accuracy in BF16 is {told}"
-        lines += [f"{text} (replies of up to 48 tokens).", ""]
+        lines += [f"{text} (replies of up to {free_reply(Options.from_dict(options))} tokens).", ""]
     left_out = [f"{r.config['rung']}/seed{r.seed} {count}" for r in everything if (count := r.steps_left_out())]
     if left_out:
         lines += ["Steps without an update, because the gradient was not finite: " + ", ".join(left_out) + ".", ""]
@@ -339,7 +340,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
                 "Mean over seeds, band from the lowest to the highest. From " + ", ".join(drawn) + ", all seeds stored.",
                 "",
             ]
-    lines += ["## Time", ""]
+    lines += ["## Time", "", "Held is the time in which any run was on a device of that name, of one or of several.", ""]
     for device, (busy, together, cpu) in device_seconds(everything).items():
         text = f"held {busy / 3600:.2f} h in all, {together / 3600:.2f} h of processes, {cpu / 3600:.2f} h of CPU time"
         lines += [f"* {device}: {text}"]

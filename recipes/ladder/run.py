@@ -193,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="gpu")
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=JSON", help="options of grpo.py")
     parser.add_argument("--report", type=Path, help="where the report goes; default: results.md in --out")
+    parser.add_argument("--preface", type=Path, help="Markdown that the report begins with")
     parser.add_argument("--list", action="store_true", help="print rungs and options, run nothing")
     a = parser.parse_args(arguments)
     try:
@@ -209,7 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     code = runner.go(a.time_limit, a.grace)
     from recipes.ladder.report import write_report
 
-    print(f"report: {write_report(a.out, a.report or a.out / 'results.md', [r.name for r in rungs], a.seeds)}", flush=True)
+    page = write_report(a.out, a.report or a.out / "results.md", [r.name for r in rungs], a.seeds, a.preface)
+    print(f"report: {page}", flush=True)
     return code
 
 
