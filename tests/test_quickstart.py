@@ -42,8 +42,8 @@ def test_quickstart_raises_reward_and_validation(tmp_path):
     (validation,) = [name for name in run.names() if name.startswith("val-core/")]
     accuracy = run.series(validation)[1]
     assert accuracy[-1] > accuracy[0]
-    # A CPU's BF16 kernels round differently in rollout and update, and 4-bit codes amplify it: the median of 20 steps was 0.008,
-    # the largest step 0.022 (alpha 0.5 and noise: 0.12 and 0.27). Alpha 1 is so near to BF16 that a trainer left
+    # A CPU's BF16 kernels round rollout and update differently, and 4-bit codes amplify it: over 20 steps the median was 0.008,
+    # the largest 0.022 (alpha 0.5 and noise: 0.12 and 0.27). Alpha 1 is so near to BF16 that a trainer left
     # unquantised has 0.012 in five steps: that operands are equal is tested bit for bit elsewhere (test_engine, test_packing).
     # (Not the k3 estimate, a mean of probability ratios: one token of 370, 900 times likelier in the update, once made it 2.7.)
     divergence = run.series("rollout_corr/kl")[1]
