@@ -43,6 +43,10 @@ def build(variant: str, arguments) -> nn.Module:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if arguments.liger:  # what verl does for actor_rollout_ref.model.use_liger
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, swiglu=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if VARIANTS[variant] is not None:
         words, others = VARIANTS[variant]
@@ -93,7 +97,7 @@ def measure(variant: str, arguments) -> dict:
     torch.cuda.reset_peak_memory_stats()
     step(model, optimiser, batches, arguments)
     times = [step(model, optimiser, batches, arguments) for _ in range(arguments.repeats)]
-    row = {"variant": variant} | {k: sum(t[k] for t in times) / len(times) for k in times[0]}
+    row = {"variant": variant, "liger": arguments.liger, "micro_batch": rows} | {k: sum(t[k] for t in times) / len(times) for k in times[0]}
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     part = batches[: max(1, len(batches) // 2)]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -118,6 +122,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--liger", action="store_true", help="fused norms, rotary embedding and gate (pip install liger-kernel)")
     parser.add_argument("--prompt", type=int, default=88, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=512, help="of each response")
     parser.add_argument(
