@@ -97,7 +97,8 @@ def measure(variant: str, arguments) -> dict:
     torch.cuda.reset_peak_memory_stats()
     step(model, optimiser, batches, arguments)
     times = [step(model, optimiser, batches, arguments) for _ in range(arguments.repeats)]
-    row = {"variant": variant, "liger": arguments.liger, "micro_batch": rows} | {k: sum(t[k] for t in times) / len(times) for k in times[0]}
+    row = {"variant": variant, "liger": arguments.liger, "micro_batch": rows}
+    row |= {k: sum(t[k] for t in times) / len(times) for k in times[0]}
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     part = batches[: max(1, len(batches) // 2)]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--liger", action="store_true", help="fused norms, rotary embedding and gate (pip install liger-kernel)")
+    parser.add_argument("--liger", action="store_true", help="fused norms, rotary embedding, gate (needs liger-kernel)")
     parser.add_argument("--prompt", type=int, default=88, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=512, help="of each response")
     parser.add_argument(
