@@ -36,8 +36,10 @@ def command(run_dir, dumps, *overrides):
         *(f"trainer.total_training_steps={STEPS}", "trainer.logger=[console]", "trainer.resume_mode=auto"),
         *(f"trainer.rollout_data_dir={dumps / 'rollout'}", f"trainer.validation_data_dir={dumps / 'validation'}"),
         *("trainer.test_freq=1", "trainer.max_actor_ckpt_to_keep=2", "data.train_batch_size=8", "mxfp4.aqn.enable=true"),
-        *("actor_rollout_ref.actor.ppo_mini_batch_size=8", f"{rollout}.n=8", f"{rollout}.gpu_memory_utilization=0.2"),
-        *(f"{rollout}.free_cache_engine=false", "trainer.save_freq=1", *overrides),  # several runs share the GPU here
+        *("actor_rollout_ref.actor.ppo_mini_batch_size=8", f"{rollout}.n=8", f"{rollout}.gpu_memory_utilization=0.05"),
+        # Two runs share the GPU: vLLM neither measures what is free nor gives its memory back.
+        *(f"{rollout}.free_cache_engine=false", f"+{rollout}.engine_kwargs.vllm.kv_cache_memory_bytes=2000000000"),
+        *("trainer.save_freq=1", *overrides),
     ]
 
 
