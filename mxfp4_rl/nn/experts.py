@@ -113,6 +113,7 @@ class ExpertsProjection(KeptOperand):
         if self.stats is not None:
             self.stats.count_tokens(products.offsets.diff())
             self.stats.measure("activation", x, self.recipe.activation)
+            self.stats.measure_experts("activation", x, self.recipe.activation, products.offsets)
         return self._product(x, x_hat, self._outputs_first(self.weight_operand(x.dtype)), products)
 
     def _product(self, x, x_hat, w_hat, products):

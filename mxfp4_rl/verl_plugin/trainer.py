@@ -20,6 +20,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from mxfp4_rl import checkpoints
+from mxfp4_rl.monitor import experts
 from mxfp4_rl.monitor.alerts import MISMATCH, WATCHED, Alerts, is_inside, send
 from mxfp4_rl.monitor.components import error_metrics, pool
 from mxfp4_rl.settings import HF_ROLLOUT, RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
@@ -146,6 +147,8 @@ class MXFP4TrainerSync(PPOTrainerSync):
             began = time.perf_counter()
             errors = pool(self.actor_rollout_wg.collect_errors())
             metrics.update(error_metrics(errors, self.settings.monitor.layers))
+            if self.settings.monitor.layers:
+                experts.write_table(self.run_dir, self.global_steps, errors)
             metrics["timing_s/mxfp4_monitor"] = time.perf_counter() - began
         if self.noise is not None:
             metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
@@ -225,6 +228,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         if (random_state := folder / RANDOM_STATE_FILE).is_file():
             BaseCheckpointManager.load_rng_state(torch.load(random_state, weights_only=False))
         done, again = drop_records_past(self.run_dir, self.global_steps)
+        experts.drop_past(self.run_dir, self.global_steps)
         for step, metrics in done:  # the alerts' streaks go on; what there was to tell was told
             self.alerts.check(step, metrics)
         more = f"; steps logged past it are done again: {again}" if again else ""

@@ -33,6 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl import ModelRecipe, convert
 from mxfp4_rl.generation import Sampling, generate
+from mxfp4_rl.monitor import experts
 from mxfp4_rl.monitor.components import collect_errors, error_metrics, start_measuring
 from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear
 from mxfp4_rl.noise import AQNSchedule, noise_targets
@@ -252,7 +253,9 @@ class Run:
             self._backward(batch, mini, sums)
             if measured:
                 if self.has_components:
-                    metrics |= error_metrics(collect_errors(self.model, o.measure_rows, DTYPE), layers=False)
+                    errors = collect_errors(self.model, o.measure_rows, DTYPE)
+                    metrics |= error_metrics(errors, layers=False)
+                    experts.write_table(self.folder, step, errors)
                 metrics |= self._against_bf16(batch, mini, sums["weights"])
                 measured = False
             norms.append(self._optimise())
@@ -334,6 +337,7 @@ class Run:
             self.optimiser.load_state_dict(state["optimiser"])
             torch.set_rng_state(state["rng"])
         keep_steps(self.folder / "metrics.jsonl", self.step if file.is_file() else -1)
+        experts.drop_past(self.folder, self.step if file.is_file() else -1)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as out:
