@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.ladder.options import MORE_TO_DO, Options, write_atomically
-from recipes.ladder.rungs import GROUPS, PRESETS, Rung, chosen
+from recipes.ladder.rungs import GROUPS, PRESETS, SELECTIONS, Rung, chosen
 
 _IDENTITY = ("recipe", "fp8", "aqn", "seed")  # of a stored run, with the options: a run of other values is another run
 _LOOP = Path(__file__).with_name("grpo.py")
@@ -38,6 +38,7 @@ class Runner:
         self.revision = git_revision()
         for file in sorted(self.out.glob("*/seed*/config.json")):
             stored, now = json.loads(file.read_text())["options"], json.loads(json.dumps(vars(options)))
+            stored = {"upcycle": None, **stored}  # of a run from before there was the option
             if stored != now:
                 changed = _changed(stored, now)
                 raise ValueError(f"{file.parent} was made with other options ({changed}): give those, or another --out")
@@ -175,7 +176,9 @@ def _setting(text: str) -> tuple[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs")
-    parser.add_argument("--rungs", nargs="+", default=["ladder"], help=f"names, groups ({', '.join(GROUPS)}) or all")
+    parser.add_argument(
+        "--rungs", nargs="+", default=["ladder"], help=f"names, groups ({', '.join([*GROUPS, *SELECTIONS])}) or all"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="of them; another machine may do the others")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
