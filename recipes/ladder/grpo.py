@@ -277,8 +277,8 @@ class Run:
     def _routing(self, prompts: list[list[int]], responses: list[list[int]], finished: int) -> dict[str, float]:
         """Whether the rollout's router chose what the trainer's does, on the same tokens; {} for a dense model.
 
-        The rollout's side has its noise, its padding and a KV cache. `ladder/router_agreement_bf16`: of the trainer and the same
-        weights without a quantiser.
+        The rollout's side has its noise, its padding and a KV cache. `ladder/router_agreement_bf16`: of the trainer and the
+        same weights without a quantiser.
         """
         if not routing.routed_modules(self.model):
             return {}

@@ -176,9 +176,8 @@ def _setting(text: str) -> tuple[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs")
-    parser.add_argument(
-        "--rungs", nargs="+", default=["ladder"], help=f"names, groups ({', '.join([*GROUPS, *SELECTIONS])}) or all"
-    )
+    groups = ", ".join([*GROUPS, *SELECTIONS])
+    parser.add_argument("--rungs", nargs="+", default=["ladder"], help=f"names, groups ({groups}) or all")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="of them; another machine may do the others")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")

@@ -8,8 +8,10 @@ so nothing is rounded, and where a slice is of whole blocks its MXFP4 operands a
 Slices differ from the start; copies of a slice are equal, and two equal experts make routing meaningless until training has
 pulled them apart. It does: a copy's gradient comes from its own tokens, and a slice's router row from its own output. With
 `expert_noise` every expert differs from the first step: Gaussian noise of that fraction of its weights' RMS, after which the
-mixture is only nearly the dense model; a few supervised steps heal that (the ladder's warm-up, or any fine-tuning). Where two copies' router logits are equal in BF16, slices of both
-may be taken: such a token gets another answer than from the dense model.
+mixture is only nearly the dense model; a few supervised steps heal that (the ladder's warm-up, or any fine-tuning).
+
+Where two copies' router logits are equal in BF16, slices of both may be taken: such a token gets another answer than from the
+dense model.
 """
 
 from __future__ import annotations
