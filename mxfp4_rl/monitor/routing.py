@@ -13,11 +13,12 @@ Choices are read where they arrive, at a family's experts in fused tensors (quan
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from mxfp4_rl.nn import MXFP4Experts
 from mxfp4_rl.nn.experts import PROJECTIONS
@@ -55,13 +56,20 @@ def recorded(model: nn.Module) -> Iterator[Choices]:
 
 
 @torch.no_grad()
-def choices_of(model: nn.Module, sequences: list[list[int]], pad_id: int, cached_from: list[int] | None = None) -> torch.Tensor:
+def choices_of(
+    model: nn.Module,
+    sequences: list[list[int]],
+    pad_id: int,
+    cached_from: list[int] | None = None,
+    cache: Callable[[torch.Tensor], Cache] | None = None,
+) -> torch.Tensor:
     """Chosen experts of every token of the sequences but their last, int64 (tokens, layers, k), sequence after sequence.
 
     Args:
         model: a causal LM in eval mode. sequences: token ids.
         cached_from: where each sequence's response begins. Prompts are then read at once and the rest token by token with a
             KV cache, as a rollout does it; None reads whole sequences, as a trainer does.
+        cache: makes that cache, as in `generation.generate`.
     """
     device = next(model.parameters()).device
     heads = [len(s) - 1 for s in sequences] if cached_from is None else cached_from
@@ -77,14 +85,15 @@ def choices_of(model: nn.Module, sequences: list[list[int]], pad_id: int, cached
     place = (seen.cumsum(-1) - 1).clamp(min=0)
     with recorded(model) as choices:
         if not (cached := cached_from is not None):
-            model.base_model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=False)
+            # The whole model, of whose logits one is made: FSDP takes what is called first for its root.
+            model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=False, logits_to_keep=1)
         else:
-            held = None
+            held = cache and cache(seen[:, :width])
             for first, last in [(0, width), *((c, c + 1) for c in range(width, width + tail))]:
                 mask = seen[:, :last].clone()
                 mask[:, width:last] = 1  # sequences that have ended go on with padding, whose choices are dropped
-                out = model.base_model(
-                    input_ids=ids[:, first:last], attention_mask=mask, use_cache=True, past_key_values=held,
+                out = model(
+                    input_ids=ids[:, first:last], attention_mask=mask, use_cache=True, past_key_values=held, logits_to_keep=1,
                     position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, first:last],
                 )  # fmt: skip
                 held = out.past_key_values
