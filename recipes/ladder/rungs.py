@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # options of `grpo.py` other than its de
     },
     "moe": {  # the task and the steps of "gpu", of the mixture that recipes/upcycle makes of the model: 8 experts, 4 a token
         "task": {"name": "arithmetic", "ops": ["+", "-"], "ranges": {"+": [10, 99], "-": [10, 99]}, "val_size": 5000},
-        "upcycle": {"slices": 4, "copies": 2, "expert_noise": 0.05},
+        "upcycle": {"slices": 4, "copies": 2, "expert_noise": 0.05, "router_std": 0.1},
         "warmup_steps": 60, "warmup_lr": 5e-5, "steps": 150, "validate_every": 50, "measure_every": 15, "checkpoint_every": 50,
         "rollout_batch": 1024,
     },
