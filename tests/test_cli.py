@@ -104,6 +104,7 @@ MISTAKES = {
         ["++actor_rollout_ref.rollout.custom.mxfp4={enable: true}"],
         ["rollout.custom.mxfp4", "two different models"],
     ),
+    "router replay": (["actor_rollout_ref.rollout.enable_rollout_routing_replay=true"], ["Megatron", "enable=false"]),
     "LoRA": (["actor_rollout_ref.model.lora_rank=8"], ["lora_rank=8", "enable=false"]),
     "FSDP1 on a CPU": (["actor_rollout_ref.actor.strategy=fsdp"], ["strategy=fsdp", "use fsdp2"]),
     "other bits": (["actor_rollout_ref.rollout.dtype=float32"], ["rollout.dtype=float32", "make them the same"]),

@@ -132,7 +132,7 @@ def test_a_projection_is_a_linear_layer_an_expert(family, dgrad, wgrad, grad):
     bounds = [0, 40, 40, 41, 73, 80]  # an expert without tokens, one with one, one with a whole block
     x = torch.randn(80, H, requires_grad=True)
     products = WeightPerExpert(torch.tensor(bounds, dtype=torch.int32))
-    y = projection(x, products.quantized_rows(x, recipe.activation), products)
+    y = projection(x, lambda: products.quantized_rows(x, recipe.activation), products)
     g = torch.randn_like(y)
     y.backward(g)
     assert not projection.weight.grad[1].any()
@@ -288,10 +288,22 @@ def test_conversion_knows_experts_by_the_names_of_their_parameters():
     assert "gate_up_proj: W: mxfp4" in repr(model.model.layers[0].mlp.experts)
 
 
-def test_products_of_experts_stay_in_bf16_and_the_report_says_so():
-    report = plan(tiny("Qwen3Moe"), ModelRecipe(product="fp8"))
-    assert {r.product for n, r in report.converted.items() if n in report.experts} == {"bf16"}
+@pytest.mark.parametrize(("words", "expected"), [("mxfp4", "fp8"), ("mxfp4+mbs", "bf16")])
+def test_the_report_says_which_products_of_experts_are_fp8(words, expected):
+    """Macro blocks have an FP8 product for Linear layers only: a grouped one has a scale a row."""
+    pytest.importorskip("triton")
+    quant = QuantRecipe.parse(words)
+    report = plan(tiny("Qwen3Moe"), ModelRecipe(weight=quant, activation=quant, product="fp8"))
+    fitting = {n: all(w % 16 == 0 for w in shape) for n, shape in shapes_of(tiny("Qwen3Moe"), report.experts).items()}
+    assert {n: report.converted[n].product for n in report.experts} == {
+        n: expected if fits else "bf16" for n, fits in fitting.items()
+    }
     assert {r.product for n, r in report.converted.items() if n not in report.experts} == {"fp8"}
+
+
+def shapes_of(model, names):
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].shape[1:] for name in names}
 
 
 class Batched(nn.Module):

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from mxfp4_rl.monitor import panels
+from mxfp4_rl.monitor.experts import read_table
 from mxfp4_rl.monitor.live import LiveRun
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
@@ -217,7 +218,11 @@ def test_a_mixture_of_experts_trains_and_resumes_with_another_recipe(enable, tmp
         return
     assert "8 Linear layers and 4 fused tensors of experts quantised" in log
     assert "8 layers multiply dequantised weights" in log and "4 layers multiply dequantised weights of experts" in log
-    assert len([n for n in run.names() if n.startswith("mxfp4_layers/")]) == 12 * 5 + 4 * 4
+    assert len([n for n in run.names() if n.startswith("mxfp4_layers/")]) == 12 * 5 + 4 * 5
+    for metric in ("mxfp4/router_agreement", "mxfp4/router_overlap"):
+        assert all(0.5 < v <= 1 for v in run.series(metric)[1]) and run.has(metric)
+    assert run.has("mxfp4_experts/activation/rel_mse_mean") and read_table(run_dir).tokens.shape == (2, 4)
+    assert (run_dir / "report" / "experts.png").is_file()
     assert all(0 < v < 1 for v in run.series(f"{layer}/rel_mse")[1])
     assert all(v > 0 for v in run.series(f"{layer}/tokens_mean")[1])
     assert (run_dir / "report" / "report.html").stat().st_size > 50_000

@@ -69,6 +69,13 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
         check_vllm(config, off)
     if actor.strategy != "fsdp2":
         raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} has no MXFP4 layers yet: use fsdp2, {off}")
+    replay = (actor.get("router_replay") or {}).get("mode", "disabled")
+    if rollout.get("enable_rollout_routing_replay") or replay != "disabled":
+        raise LaunchError(
+            "router replay (actor_rollout_ref.rollout.enable_rollout_routing_replay, actor.router_replay) is for verl's "
+            "Megatron and VeOmni engines: FSDP's has no place for recorded experts, and would ignore them. Switch it off; "
+            f"mxfp4/router_agreement says how far trainer and rollout route alike, {off}"
+        )
     rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
     if rank > 0 or model.get("lora_adapter_path"):
         if rollout.name != VLLM_ROLLOUT:

@@ -40,6 +40,7 @@ class Section:
 
 
 _PARTS = "(scale_bias|deadzone|final_deadzone|grid_noise|fallback|rel_mse)"
+_COMPONENT = f"({'|'.join(LAYER_COMPONENTS)})"
 _OPERAND = "mxfp4/((activation|grad)/)?"
 VALIDATION = Panel("validation", (r"val-core/.*/mean@\d+",))
 TRAINING = Section(
@@ -70,6 +71,17 @@ COMPONENTS = Section(
         Panel("mean of the scales' error", (_OPERAND + "delta_mean",)),
         Panel("slope of quantised on exact", (_OPERAND + "slope",)),
         Panel("exploration noise", ("mxfp4/aqn_sigma",)),
+    ),
+)
+EXPERTS = Section(
+    "experts",
+    (
+        Panel("tokens of the busiest expert over the mean", ("mxfp4_experts/imbalance_(mean|max)",)),
+        Panel("experts without tokens", ("mxfp4_experts/without_tokens",)),
+        Panel("weights of an expert", (f"mxfp4_experts/{_COMPONENT}_(min|mean|max)",)),
+        Panel("activations of an expert", (f"mxfp4_experts/activation/{_COMPONENT}_(min|mean|max)",)),
+        Panel("tokens of an expert, by layer", (rf"{LAYER_PREFIX}.*/tokens_(min|mean|max|none|imbalance)",)),
+        Panel("same experts in trainer and rollout", ("mxfp4/router_(agreement|overlap)",)),
     ),
 )
 MISMATCH = Section(
@@ -117,7 +129,7 @@ def sections(names: Iterable[str], also: Sequence[Panel] = ()) -> list[Section]:
     """
     names = list(names)
     found = []
-    for section in (TRAINING, COMPONENTS, _per_layer(names), MISMATCH, KERNELS, ALERTS):
+    for section in (TRAINING, COMPONENTS, _per_layer(names), EXPERTS, MISMATCH, KERNELS, ALERTS):
         panels = tuple(panel for panel in section.panels if panel in also or panel.metrics(names))
         if panels:
             found.append(Section(section.title, panels))

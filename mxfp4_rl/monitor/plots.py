@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mxfp4_rl.monitor.run_log import RunLog, layer_map
+from mxfp4_rl.monitor.experts import read_table
+from mxfp4_rl.monitor.run_log import RunLog, layer_map, parse_layer_name
 
 WIDTH_INCHES = 10.0
 NARROW_INCHES = 4.6
@@ -176,6 +177,52 @@ def draw_layers(run: RunLog, overlay: RunLog | None = None) -> Drawing:
     all_axes[0].set_yticks(row_ticks, [str(found.layers[row]) for row in row_ticks])
     all_axes[0].set_ylabel("decoder layer", fontsize=9)
     return Drawing(figure, notes)
+
+
+def draw_experts(run: RunLog, overlay: RunLog | None = None) -> Drawing:
+    """Maps of experts by layer at the last measured step: error of weights and of activations, and tokens. One run only."""
+    table = read_table(run.path)
+    if table is None:
+        return Drawing()
+    chosen = [
+        ("weights: rel_mse", table.components.get(("weight", "rel_mse"))),
+        ("weights: deadzone", table.components.get(("weight", "deadzone"))),
+        ("activations: rel_mse", table.components.get(("activation", "rel_mse"))),
+        ("activations: deadzone", table.components.get(("activation", "deadzone"))),
+        ("tokens over the layer's mean", _over_mean(table.tokens)),
+    ]
+    panels = [(title, grid) for title, grid in chosen if grid is not None]
+    projection = table.layers[0].rpartition(".")[2]
+    notes = [f"Values of step {table.step}, of {projection}; grey: no value, an expert without tokens has no activations."]
+    if overlay is not None and read_table(overlay.path):
+        notes.append("A heat map cannot be drawn over another: the overlay's experts are in its own report.")
+    figure = _new_figure(float(np.clip(2.3 + 0.13 * len(table.layers), 3.2, 14.0)))
+    figure.get_layout_engine().set(wspace=0.06)
+    colours = colormaps["YlGnBu"].with_extremes(bad="#eeeeee")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, grid) in zip(all_axes, panels, strict=True):
+        image = axes.imshow(grid, aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("expert", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=12, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        bar.locator = MaxNLocator(3)
+        bar.update_ticks()
+        bar.outline.set_visible(False)
+    places = [parse_layer_name(name) for name in table.layers]
+    labels = [str(row if place is None else place[0]) for row, place in enumerate(places)]
+    ticks = range(0, len(labels), max(1, len(labels) // 15))
+    all_axes[0].set_yticks(ticks, [labels[row] for row in ticks])
+    all_axes[0].set_ylabel("decoder layer", fontsize=9)
+    return Drawing(figure, notes)
+
+
+def _over_mean(tokens: np.ndarray) -> np.ndarray:
+    mean = np.nanmean(tokens, axis=1, keepdims=True)
+    return np.divide(tokens, mean, out=np.zeros_like(tokens), where=mean > 0)
 
 
 def draw_mismatch(run: RunLog, overlay: RunLog | None = None) -> Drawing:

@@ -42,6 +42,7 @@ class Section:
     metrics: tuple[str, ...]  # names, or prefixes ending in "/"; one of them is enough
     draw: Callable[[RunLog, RunLog | None], plots.Drawing]
     why_absent: str | Callable[[RunLog], str]
+    optional: bool = False  # left out without a word where the run has nothing to draw
 
 
 def write_report(run_dir: str | Path, overlay: str | Path | None = None, out_dir: str | Path | None = None) -> Path:
@@ -71,6 +72,8 @@ def write_report(run_dir: str | Path, overlay: str | Path | None = None, out_dir
             _write_whole(target / section.file, png)
         else:
             (target / section.file).unlink(missing_ok=True)
+            if section.optional:
+                continue
         body.append(section_html(section, png and _embedded(png, section.title), drawing.notes, run, other))
     page = _page_html(run, other, "\n".join(body))
     _write_whole(target / REPORT_FILE, page.encode("utf-8"))
@@ -269,6 +272,17 @@ SECTIONS = (
         ("mxfp4_layers/",),
         plots.draw_layers,
         _why_no_mxfp4,
+    ),
+    Section(
+        "experts.png",
+        "Experts",
+        "Each cell is one expert of one layer: the error of its weights, of the activations that its own tokens brought, and "
+        "its tokens over the mean of its layer's. A column or cell that stands out by its error is an expert for a stronger "
+        "recipe; an expert without tokens learns nothing, and one with many times the mean is a router that collapses.",
+        ("mxfp4_experts/",),
+        plots.draw_experts,
+        "Only mixtures whose experts are in fused tensors have it.",
+        optional=True,
     ),
     Section(
         "mismatch.png",

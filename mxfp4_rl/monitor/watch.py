@@ -84,6 +84,8 @@ class Watched:
         for section in SECTIONS:
             png, notes = self._png(section, narrow=False)
             image = None
+            if png is None and section.optional:
+                continue
             if png is not None:
                 self._plots[section.file, False] = png
                 source = f"plot/{section.file}?v={self._version}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mxfp4_rl.nn import fp8
+from mxfp4_rl.nn import expert_fp8, fp8
 from mxfp4_rl.nn.experts import UNQUANTIZED, ExpertsProjection, MXFP4Experts, check_layout, fused_parameters
 from mxfp4_rl.nn.linear import MXFP4Linear
 from mxfp4_rl.nn.packed import PackedLinear
@@ -115,8 +115,9 @@ def plan(model: nn.Module, recipe: ModelRecipe) -> ConversionReport:
         for own_name, own in quantized.items():
             if own is not None:
                 weight = getattr(module, own_name.rsplit(".", 1)[-1])
-                # Grouped products are BF16: FP8 has the same operands, and the report is to say what runs.
-                report.converted[own_name] = dataclasses.replace(own, product="bf16")
+                if not expert_fp8.multiplies(own, weight.shape):  # the same operands in BF16: the report says what runs
+                    own = dataclasses.replace(own, product="bf16")
+                report.converted[own_name] = own
                 report.experts[own_name], report.sizes[own_name] = len(weight), weight.numel()
     unmatched = [p for p, count in report.by_pattern.items() if not count]
     if unmatched:

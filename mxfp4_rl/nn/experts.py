@@ -12,11 +12,14 @@ and their names stay. Each of the two tensors is a layer of its own for recipes,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from mxfp4_rl.nn import expert_fp8, fp8
 from mxfp4_rl.nn.linear import KeptOperand, LayerStats, QuantizedMatmul, compute_dtype
 from mxfp4_rl.nn.operand import looks_at_other_rows, operand
 from mxfp4_rl.nn.products import WeightPerExpert, operand_of_experts
@@ -108,12 +111,31 @@ class ExpertsProjection(KeptOperand):
     def make_operand(self, w: torch.Tensor) -> torch.Tensor:
         return operand_of_experts(w, self.recipe.weight, self.axis)
 
-    def __call__(self, x: torch.Tensor, x_hat: torch.Tensor, products: WeightPerExpert) -> torch.Tensor:
-        """Y (T, out) of tokens x (T, in) sorted by expert, and x_hat, their operand; without the bias."""
+    def __call__(self, x: torch.Tensor, make_operand: Callable[[], torch.Tensor], products: WeightPerExpert) -> torch.Tensor:
+        """Y (T, out) of tokens x (T, in) sorted by expert; without the bias. `make_operand` gives their operand x_hat."""
         if self.stats is not None:
             self.stats.count_tokens(products.offsets.diff())
             self.stats.measure("activation", x, self.recipe.activation)
-        return self._product(x, x_hat, self._outputs_first(self.weight_operand(x.dtype)), products)
+            self.stats.measure_experts("activation", x, self.recipe.activation, products.offsets)
+        if len(x) and self.recipe.in_fp8 and fp8.runs_on(x.device, x.dtype):
+            return self._fp8_product(x, products)
+        return self._product(x, make_operand(), self._outputs_first(self.weight_operand(x.dtype)), products)
+
+    def fp8_weights(self, dtype: torch.dtype) -> expert_fp8.Weights:
+        """The weights for FP8 products of tokens in `dtype`, kept as `weight_operand`'s are."""
+
+        def make(w):
+            self._held.pop("operand", None)  # that a weight sync left: nothing reads it any more
+            # Of a copy: what FSDP gathered for this forward is freed after it. In another dtype it is one already.
+            w = w.clone() if self.weight.dtype == dtype else w
+            return expert_fp8.weights_of(self._outputs_first(w), self.recipe, expert_fp8.plan_for(self.recipe))
+
+        return self._kept("operands", dtype, make)
+
+    def _fp8_product(self, x, products):
+        plan, of_weight = expert_fp8.plan_for(self.recipe), self.fp8_weights(x.dtype)
+        weight = self._outputs_first(self.weight)
+        return expert_fp8.GroupedFP8Matmul.apply(x, weight, of_weight, self.recipe, plan, self.stats, products)
 
     def _product(self, x, x_hat, w_hat, products):
         weight = self._outputs_first(self.weight)
@@ -187,6 +209,8 @@ class MXFP4Experts(nn.Module):
         for own in PROJECTIONS:
             recipe = recipes.get(own, UNQUANTIZED)
             kind = PackedProjection if packed and recipe.weight is not None else ExpertsProjection
+            if kind is PackedProjection:  # which multiplies what it was shipped, dequantised
+                recipe = dataclasses.replace(recipe, product="bf16")
             experts.projections[own] = kind(experts, own, f"{name}.{own}" if name else own, recipe)
 
     def unswap(self) -> None:
@@ -217,12 +241,16 @@ class MXFP4Experts(nn.Module):
         x = hidden_states.to(compute_dtype(hidden_states))
         tokens = by_expert(x)
         recipe = gate_up.recipe.activation
-        if recipe is None or looks_at_other_rows(recipe):
-            tokens_hat = products.quantized_rows(tokens, recipe)
-        else:  # the same bits, of which every token's are made once instead of k times
-            tokens_hat = operand(x, recipe).index_select(0, order // k)
+
+        def tokens_hat():
+            if recipe is None or looks_at_other_rows(recipe):
+                return products.quantized_rows(tokens, recipe)
+            return operand(x, recipe).index_select(0, order // k)  # the same bits: every token's are made once, not k times
+
+        def inner_hat():
+            return products.quantized_rows(inner, down.recipe.activation)
+
         inner = self._apply_gate(self._biased(gate_up(tokens, tokens_hat, products), "gate_up_proj_bias", expert))
-        inner_hat = products.quantized_rows(inner, down.recipe.activation)
         outputs = self._biased(down(inner, inner_hat, products), "down_proj_bias", expert)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(count * k, device=order.device))
         weighted = outputs.index_select(0, place) * top_k_weights.reshape(-1, 1)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mxfp4_rl.nn import fp8
+from mxfp4_rl.nn import by_group, fp8
 from mxfp4_rl.nn.operand import operand
 from mxfp4_rl.nn.products import ONE_WEIGHT, OneWeight, WeightPerExpert
 from mxfp4_rl.quant import ErrorStats, QuantizedTensor, error_stats, fake_quantize
@@ -234,11 +234,20 @@ class LayerStats:
         self.max_rows = max_rows
         self.sums: dict[str, ErrorStats] = {}
         self.tokens: torch.Tensor | None = None  # of every expert, int64 (E,), where the layer has experts
+        self.by_expert: dict[str, torch.Tensor] = {}  # operand -> energies (`nn.by_group`), where the layer has experts
 
     def count_tokens(self, counts: torch.Tensor) -> None:
         """Add the tokens that a forward brought to each expert; not those of a checkpointed forward's second run."""
         if torch._C._current_graph_task_id() == -1:  # no backward runs here
             self.tokens = counts.long() if self.tokens is None else self.tokens + counts
+
+    @torch.no_grad()
+    def measure_experts(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None, offsets: torch.Tensor) -> None:
+        """As `measure`, of tokens (T, features) sorted by expert, for each expert by itself."""
+        if recipe is not None and operand not in self.by_expert:
+            experts = len(offsets) - 1
+            row, expert = by_group.rows_of_groups(offsets, len(t), by_group.rows_each(self.max_rows, experts))
+            self.by_expert[operand] = by_group.energies_by_group(t.index_select(0, row), recipe, expert, experts)
 
     @torch.no_grad()
     def measure(self, operand: str, t: torch.Tensor, recipe: QuantRecipe | None) -> None:

@@ -18,6 +18,7 @@ from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from mxfp4_rl.monitor import routing
 from mxfp4_rl.monitor.components import collect_errors, start_measuring
 from mxfp4_rl.nn import convert, converted_layers, release_operands
 from mxfp4_rl.quant import QuantizedTensor
@@ -113,6 +114,17 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
     def start_measuring(self) -> None:
         """From here to `collect_errors` the layers measure their activations' and gradients' error."""
         start_measuring(self.module, self.settings.monitor.max_rows)
+
+    def routing(self, sequences: list[list[int]]) -> torch.Tensor | None:
+        """The experts that the actor's router chooses for these sequences (`monitor.routing`); None for a dense model.
+
+        Every rank reads all of them: FSDP gathers the weights together.
+        """
+        if not routing.routed_modules(self.module):
+            return None
+        device, dtype = get_device_name(), self.compute_dtype
+        with self.eval_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return routing.choices_of(self.module, sequences, pad_id=0).short().cpu()
 
     def collect_errors(self):
         """Error statistics by layer and operand since `start_measuring`, this rank's rows of the weights included."""

@@ -24,6 +24,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 from mxfp4_rl.generation import Sampling, generate
+from mxfp4_rl.monitor.routing import choices_of
 from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.nn.experts import LAYERS_OF
 from mxfp4_rl.noise import AQNSchedule, noise_targets
@@ -155,6 +156,10 @@ class RolloutModel:
             seeds.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1)
         samples = generate(self.model, prompts, limits, seeds, sampling, self.stop_ids, self.pad_id, self.make_cache)
         return [(*sample, number) for sample, number in zip(samples, numbers, strict=True)]
+
+    def routing(self, sequences: list[list[int]], prompt_lengths: list[int]) -> torch.Tensor:
+        """The experts that this model's router chooses for these sequences, read as `sample` reads them (`monitor.routing`)."""
+        return choices_of(self.model, sequences, self.pad_id, prompt_lengths, self.make_cache).short().cpu()
 
 
 def fuse_experts(weights: dict[str, torch.Tensor], missing: set[str]) -> dict[str, torch.Tensor]:
@@ -300,6 +305,10 @@ class MXFP4Server:
 
     async def set_noise(self, on: bool) -> float:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self.rollout.set_noise, on)
+
+    async def routing(self, sequences: list[list[int]], prompt_lengths: list[int]) -> torch.Tensor:
+        """The experts that the router chooses, of the weights and the noise that are there."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.rollout.routing, sequences, prompt_lengths)
 
     async def last_sync(self) -> dict[str, float]:
         return self._last_sync

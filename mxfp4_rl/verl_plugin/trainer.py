@@ -20,8 +20,10 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from mxfp4_rl import checkpoints
+from mxfp4_rl.monitor import experts
 from mxfp4_rl.monitor.alerts import MISMATCH, WATCHED, Alerts, is_inside, send
 from mxfp4_rl.monitor.components import error_metrics, pool
+from mxfp4_rl.monitor.routing import agreement
 from mxfp4_rl.settings import HF_ROLLOUT, RECIPE_FILE, ROLLOUTS, VLLM_ROLLOUT, Settings
 from mxfp4_rl.verl_plugin.guards import Guards, StallWatch, count_sessions
 from mxfp4_rl.verl_plugin.loggers import attach_run_log, drop_records_past, prepare_backends
@@ -29,6 +31,7 @@ from mxfp4_rl.verl_plugin.rewards import guard_rewards
 from mxfp4_rl.verl_plugin.waves import ROW, SAMPLE, NumberedRows, RowClient
 from mxfp4_rl.verl_plugin.worker import MXFP4ActorRolloutRefWorker
 
+ROUTED_SAMPLES = 8  # of a measured step, whose experts are compared
 RANDOM_STATE_FILE = "trainer_rng.pt"  # of this process; the workers' are in their own files
 
 
@@ -53,6 +56,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         self.stall = StallWatch(self.settings.guards.stall_s, self._count_samples)
         # verl polls its queue every 2 s and offers no key for it: a step of a small model is shorter than that.
         self.replay_buffer.poll_interval = 0.05
+        self.routes = True  # until the actor says that nothing is routed in its model
         self.noise = self._noise_schedule()
         self.alerts = self._make_alerts()
         print(f"[mxfp4] trainer: run directory {self.run_dir}", flush=True)
@@ -139,6 +143,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         every = self.settings.monitor.every
         measure = self.settings.enable and every > 0 and (self.global_steps - 1) % every == 0
         if measure:
+            metrics.update(self._compare_routing(batch))
             self.actor_rollout_wg.start_measuring()
         batch = super()._update_actor(batch, metrics)
         self.guards.updated(self.global_steps, metrics)
@@ -146,12 +151,33 @@ class MXFP4TrainerSync(PPOTrainerSync):
             began = time.perf_counter()
             errors = pool(self.actor_rollout_wg.collect_errors())
             metrics.update(error_metrics(errors, self.settings.monitor.layers))
+            if self.settings.monitor.layers:
+                experts.write_table(self.run_dir, self.global_steps, errors)
             metrics["timing_s/mxfp4_monitor"] = time.perf_counter() - began
         if self.noise is not None:
             metrics["mxfp4/aqn_sigma"] = self.noise.sigma(self.global_steps - 1)
         if self.settings.enable:
             self._stop_at_mismatch(metrics)
         return batch
+
+    def _compare_routing(self, batch) -> dict[str, float]:
+        """Whether actor and rollout send the same tokens to the same experts; before the update, while weights are equal.
+
+        Of the first samples of the step. {} for a dense model, and for a rollout that is not ours: vLLM is not asked.
+        """
+        if not self.routes or self.config.actor_rollout_ref.rollout.name != HF_ROLLOUT:
+            return {}
+        keys = batch.keys[:ROUTED_SAMPLES]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses"])
+        prompts, responses = ([t.tolist() for t in data[name].unbind()] for name in ("prompts", "responses"))
+        sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+        ours = self.actor_rollout_wg.routing(sequences)[0]
+        if ours is None:
+            self.routes = False
+            return {}
+        replica = self.llm_server_manager.get_replicas()[0]
+        theirs = ray.get(replica.servers[0].routing.remote(sequences, [len(p) for p in prompts]))
+        return {f"mxfp4/{name}": value for name, value in agreement(ours, theirs).items()}
 
     def _mismatch_limit(self, metrics: dict) -> float:
         quantises = self.settings.recipe.activation is not None or self.settings.kv_cache is not None
@@ -225,6 +251,7 @@ class MXFP4TrainerSync(PPOTrainerSync):
         if (random_state := folder / RANDOM_STATE_FILE).is_file():
             BaseCheckpointManager.load_rng_state(torch.load(random_state, weights_only=False))
         done, again = drop_records_past(self.run_dir, self.global_steps)
+        experts.drop_past(self.run_dir, self.global_steps)
         for step, metrics in done:  # the alerts' streaks go on; what there was to tell was told
             self.alerts.check(step, metrics)
         more = f"; steps logged past it are done again: {again}" if again else ""

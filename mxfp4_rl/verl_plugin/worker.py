@@ -47,6 +47,11 @@ class MXFP4ActorRolloutRefWorker(ActorRolloutRefWorker):
         return self.actor.engine.collect_errors()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def routing(self, sequences: list[list[int]]) -> torch.Tensor | None:
+        """Every rank: the experts that the actor's router chooses for these tokens; None for a dense model."""
+        return self.actor.engine.routing(sequences)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def weights_are_finite(self) -> bool:
         """Every rank: whether its part of the actor's master weights holds neither NaN nor infinity."""
         module = self.actor.engine.module

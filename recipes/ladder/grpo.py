@@ -33,6 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl import ModelRecipe, convert
 from mxfp4_rl.generation import Sampling, generate
+from mxfp4_rl.monitor import experts, routing
 from mxfp4_rl.monitor.components import collect_errors, error_metrics, start_measuring
 from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear
 from mxfp4_rl.noise import AQNSchedule, noise_targets
@@ -40,9 +41,11 @@ from mxfp4_rl.tasks.embedded_model import EMBEDDED_MODEL_NAME, ensure_embedded_m
 from recipes.ladder.data import Data
 from recipes.ladder.options import MORE_TO_DO, Options, free_reply, keep_steps, record_session, write_atomically
 from recipes.ladder.w8a8 import convert_to_w8a8
+from recipes.upcycle.upcycle import write_mixture
 
 DTYPE = torch.bfloat16
 _AFTER_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_ROUTED = 16  # sequences of a measured step whose experts are compared
 _SHOWN = ("critic/score/mean", "actor/entropy", "rollout_corr/k3_kl", "actor/grad_norm", "timing_s/step")
 
 
@@ -71,7 +74,7 @@ class Run:
         self.options, self.seed, work = Options.from_dict(config["options"]), config["seed"], Path(config["work"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(self.seed)  # stochastic rounding draws from it, nothing else does
-        path = str(ensure_embedded_model()) if self.options.model == EMBEDDED_MODEL_NAME else self.options.model
+        path = _checkpoint(self.options, work)
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.data = Data(self.options, tokenizer, work)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(self.device).eval()
@@ -113,7 +116,7 @@ class Run:
         if o.warmup_steps == 0:
             return
         key = json.dumps(
-            ["with untrained", o.model, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm]
+            [o.model, o.upcycle, o.task, o.warmup_steps, o.warmup_lr, o.warmup_batch, o.weight_decay, o.max_grad_norm]
         )
         file = work / "warmup" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +196,12 @@ class Run:
         batch["advantage"] = advantages.flatten().to(self.device)
         logp = [torch.tensor(values) for _, values in samples]
         batch["rollout"] = nn.utils.rnn.pad_sequence(logp, batch_first=True).to(self.device)
+        compared = slice(0, o.samples * _ROUTED, o.samples)  # a response of each group
+        routed = {}
+        if self._is_measured(step):
+            routed = self._routing([r["ids"] for r in rows[compared]], tokens[compared], step - 1)
         cut = [len(t) == o.response_tokens and t[-1] not in self.stop_ids for t in tokens]
-        return batch, {
+        return batch, routed | {
             "critic/score/mean": scores.mean().item(), "response_length/mean": fmean(map(len, tokens)),
             "response_length/clip_ratio": sum(cut) / len(cut), "mxfp4/aqn_sigma": sigma,
             "critic/groups_without_signal": (groups.amax(-1) == groups.amin(-1)).float().mean().item(),
@@ -246,14 +253,16 @@ class Run:
         if o.mini_batches > 1:
             with torch.no_grad():
                 batch["old"] = torch.cat([self._log_probs(batch, rows)[0] for rows in everything.split(o.micro_batch)])
-        measured = self.quantised and o.measure_every > 0 and (step - 1) % o.measure_every == 0
+        measured = self.quantised and self._is_measured(step)
         for mini in everything.chunk(o.mini_batches):
             if measured and self.has_components:
                 start_measuring(self.model, o.measure_rows)
             self._backward(batch, mini, sums)
             if measured:
                 if self.has_components:
-                    metrics |= error_metrics(collect_errors(self.model, o.measure_rows, DTYPE), layers=False)
+                    errors = collect_errors(self.model, o.measure_rows, DTYPE)
+                    metrics |= error_metrics(errors, layers=False)
+                    experts.write_table(self.folder, step, errors)
                 metrics |= self._against_bf16(batch, mini, sums["weights"])
                 measured = False
             norms.append(self._optimise())
@@ -261,6 +270,28 @@ class Run:
         del sums["weights"]
         metrics |= {name: (total / tokens).item() for name, total in sums.items()}
         return metrics | {"actor/grad_norm": sum(norms) / len(norms), "actor/lr": o.lr}
+
+    def _is_measured(self, step: int) -> bool:
+        return self.options.measure_every > 0 and (step - 1) % self.options.measure_every == 0
+
+    def _routing(self, prompts: list[list[int]], responses: list[list[int]], finished: int) -> dict[str, float]:
+        """Whether the rollout's router chose what the trainer's does, on the same tokens; {} for a dense model.
+
+        The rollout's side has its noise, its padding and a KV cache. `ladder/router_agreement_bf16`: of the trainer and the
+        same weights without a quantiser.
+        """
+        if not routing.routed_modules(self.model):
+            return {}
+        sequences = [p + r for p, r in zip(prompts, responses)]
+        own = routing.choices_of(self.model, sequences, self.data.pad_id)
+        with self.noisy(finished):
+            rollout = routing.choices_of(self.model, sequences, self.data.pad_id, [len(p) for p in prompts])
+        found = {f"mxfp4/{k}": v for k, v in routing.agreement(own, rollout).items()}
+        if not self.quantised:
+            return found
+        with unquantised(self.model):
+            plain = routing.choices_of(self.model, sequences, self.data.pad_id)
+        return found | {f"ladder/{k}_bf16": v for k, v in routing.agreement(own, plain).items()}
 
     def _against_bf16(self, batch: dict, mini: torch.Tensor, weights: list[torch.Tensor]) -> dict[str, float]:
         """The quantised gradient's norm over that of BF16 products on the same samples and weights, and their cosine."""
@@ -335,6 +366,7 @@ class Run:
             self.optimiser.load_state_dict(state["optimiser"])
             torch.set_rng_state(state["rng"])
         keep_steps(self.folder / "metrics.jsonl", self.step if file.is_file() else -1)
+        experts.drop_past(self.folder, self.step if file.is_file() else -1)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as out:
@@ -348,6 +380,19 @@ class Run:
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         own = {"wall_s": time.time() - self.began, "cpu_s": time.process_time(), "peak_bytes": peak, "at_step": self.step}
         record_session(self.folder / "sessions.json", {"began": self.began, **self.machine, **own})
+
+
+def _checkpoint(options: Options, work: Path) -> str:
+    """The folder of the model that the runs start from; a mixture is made once in the runs' folder, by whoever comes first."""
+    if options.upcycle is None:
+        return str(ensure_embedded_model()) if options.model == EMBEDDED_MODEL_NAME else options.model
+    key = json.dumps([options.model, options.upcycle], sort_keys=True)
+    folder = work / "mixtures" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_mixture(options.model, folder, **options.upcycle)
+    return str(folder)
 
 
 def _move_gradient(p: nn.Parameter, master: nn.Parameter) -> None:

@@ -25,6 +25,7 @@ class Options:
 
     Args:
         model: the embedded model's name, or a checkpoint's folder.
+        upcycle: make a mixture of experts out of `model` first, with these options of `recipes/upcycle`; None leaves it dense.
         task: {"name", options} of `mxfp4_rl.tasks`, or {"train", "val", "reward"}: two parquet files and "module:function".
         prompts, samples: of a step; a prompt's samples are a group. mini_batches: optimiser steps that share a rollout.
         norm_std: divide advantages by the group's standard deviation (GRPO); false is Dr.GRPO's.
@@ -36,6 +37,7 @@ class Options:
     """
 
     model: str = EMBEDDED_MODEL_NAME
+    upcycle: dict | None = None
     task: dict = field(default_factory=lambda: {"name": "arithmetic"})
     steps: int = 100
     prompts: int = 32

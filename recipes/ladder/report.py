@@ -106,7 +106,8 @@ def load_runs(out: Path) -> dict[str, list[StoredRun]]:
     runs = [StoredRun.load(file.parent) for file in sorted(out.glob("*/seed*/config.json"))]
     if not runs:
         raise ValueError(f"{out} holds no runs (RUNG/seedN/config.json): start some with recipes/ladder/run.py")
-    other = [r.folder for r in runs if r.config["options"] != runs[0].config["options"]]
+    # By way of Options: a run from before there was an option had its default.
+    other = [r.folder for r in runs if Options.from_dict(r.config["options"]) != Options.from_dict(runs[0].config["options"])]
     if other:
         raise ValueError(f"{other[0]} and {runs[0].folder} were made with different options: they cannot be compared")
     known = list(RUNGS)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.ladder.options import MORE_TO_DO, Options, write_atomically
-from recipes.ladder.rungs import GROUPS, PRESETS, Rung, chosen
+from recipes.ladder.rungs import GROUPS, PRESETS, SELECTIONS, Rung, chosen
 
 _IDENTITY = ("recipe", "fp8", "aqn", "seed")  # of a stored run, with the options: a run of other values is another run
 _TOLD_TO_END = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes
@@ -38,7 +38,8 @@ class Runner:
         self.out, self.jobs, self.gpus = out.absolute(), jobs, gpus
         self.revision = git_revision()
         for file in sorted(self.out.glob("*/seed*/config.json")):
-            stored, now = json.loads(file.read_text())["options"], json.loads(json.dumps(vars(options)))
+            # By way of Options: a run from before there was an option had its default.
+            stored, now = (json.loads(json.dumps(vars(o))) for o in (stored_options(file), options))
             if stored != now:
                 changed = _changed(stored, now)
                 raise ValueError(f"{file.parent} was made with other options ({changed}): give those, or another --out")
@@ -133,6 +134,10 @@ class Runner:
         print(f"{folder.relative_to(self.out)}: {word} after {_seconds(folder):.0f} s", flush=True)
 
 
+def stored_options(config: Path) -> Options:
+    return Options.from_dict(json.loads(config.read_text())["options"])
+
+
 def git_revision() -> str:
     """The checkout's commit, with "+" where it has changes; LADDER_REVISION where there is no git."""
     if given := os.environ.get("LADDER_REVISION"):
@@ -183,7 +188,8 @@ def setting(text: str) -> tuple[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs")
-    parser.add_argument("--rungs", nargs="+", default=["ladder"], help=f"names, groups ({', '.join(GROUPS)}) or all")
+    groups = ", ".join([*GROUPS, *SELECTIONS])
+    parser.add_argument("--rungs", nargs="+", default=["ladder"], help=f"names, groups ({groups}) or all")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--first-seed", type=int, default=0, help="of them; another machine may do the others")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")

@@ -76,10 +76,19 @@ GROUPS: dict[str, list[Rung]] = {
     ],
 }
 RUNGS = {rung.name: rung for group in GROUPS.values() for rung in group}
+SELECTIONS = {  # rungs of the groups above that belong together; FP8 W8A8 is for Linear layers only
+    "moe": [RUNGS[name] for name in ("bf16", "w4a4", "w4a4+mbs", "w4a4+of", "w4a4+mbs+of1")],
+}
 
 PRESETS: dict[str, dict[str, Any]] = {  # options of `grpo.py` other than its defaults
     "gpu": {  # the supervised start makes replies bare numbers, three tokens long
         "task": {"name": "arithmetic", "ops": ["+", "-"], "ranges": {"+": [10, 99], "-": [10, 99]}, "val_size": 5000},
+        "warmup_steps": 60, "warmup_lr": 5e-5, "steps": 150, "validate_every": 50, "measure_every": 15, "checkpoint_every": 50,
+        "rollout_batch": 1024,
+    },
+    "moe": {  # the task and the steps of "gpu", of the mixture that recipes/upcycle makes of the model: 8 experts, 4 a token
+        "task": {"name": "arithmetic", "ops": ["+", "-"], "ranges": {"+": [10, 99], "-": [10, 99]}, "val_size": 5000},
+        "upcycle": {"slices": 4, "copies": 2, "expert_noise": 0.05, "router_std": 0.1},
         "warmup_steps": 60, "warmup_lr": 5e-5, "steps": 150, "validate_every": 50, "measure_every": 15, "checkpoint_every": 50,
         "rollout_batch": 1024,
     },
@@ -99,8 +108,9 @@ def chosen(names: list[str]) -> list[Rung]:
     """
     found: dict[str, Rung] = {}
     for name in names:
-        if name not in (*GROUPS, *RUNGS, "all"):
-            raise ValueError(f"no rung {name!r}; groups: {', '.join(GROUPS)}, all; rungs: {', '.join(RUNGS)}")
-        rungs = RUNGS.values() if name == "all" else GROUPS.get(name) or [RUNGS[name]]
+        groups = GROUPS | SELECTIONS
+        if name not in (*groups, *RUNGS, "all"):
+            raise ValueError(f"no rung {name!r}; groups: {', '.join(groups)}, all; rungs: {', '.join(RUNGS)}")
+        rungs = RUNGS.values() if name == "all" else groups.get(name) or [RUNGS[name]]
         found |= {rung.name: rung for rung in rungs}
     return list(found.values())

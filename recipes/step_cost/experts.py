@@ -26,6 +26,9 @@ VARIANTS = {  # words of the recipe, values of ModelRecipe; or the name of trans
     "W4A16": ("mxfp4", dict(activation=None)),
     "W4A4": ("mxfp4", {}),
     "W4A4 + MBS + OF": ("mxfp4+mbs+of", {}),
+    "W4A4, FP8": ("mxfp4", dict(product="fp8_fast")),
+    "W4A4, FP8, promoted sums": ("mxfp4", dict(product="fp8")),
+    "W4A4, FP8, mx backward": ("mxfp4", dict(product="fp8_fast", grad="mxfp4", dgrad="mx", wgrad="mx")),
     "W4A4, mx backward": ("mxfp4", dict(grad="mxfp4", dgrad="mx", wgrad="mx")),
 }
 
@@ -88,7 +91,10 @@ def measure(variant: str, arguments) -> dict:
         def quantise():
             for projection in layer.projections.values():
                 projection.release()
-                projection.weight_operand(torch.bfloat16)
+                if projection.recipe.in_fp8:
+                    projection.fp8_weights(torch.bfloat16)
+                else:
+                    projection.weight_operand(torch.bfloat16)
 
         row["quantise_weights_ms"] = time_of(quantise, 5)
     x, index, weights = routed(arguments)

@@ -5,8 +5,13 @@ router's rows are the same for all slices of a copy, so the S best experts are o
 each, which `down_proj` times S takes back. (Virtual groups, He et al. 2024, arXiv 2410.07524.) S is a power of two,
 so nothing is rounded, and where a slice is of whole blocks its MXFP4 operands are the dense model's too.
 
-Training pulls the copies, and the slices' router rows, apart. Where two copies' router logits are equal in BF16, slices of both
-may be taken: such a token gets another answer than from the dense model.
+Slices differ from the start; copies of a slice are equal, and two equal experts make routing meaningless until training has
+pulled them apart. It does: a copy's gradient comes from its own tokens, and a slice's router row from its own output. With
+`expert_noise` every expert differs from the first step: Gaussian noise of that fraction of its weights' RMS, after which the
+mixture is only nearly the dense model; a few supervised steps heal that (the ladder's warm-up, or any fine-tuning).
+
+Where two copies' router logits are equal in BF16, slices of both may be taken: such a token gets another answer than from the
+dense model.
 """
 
 from __future__ import annotations
@@ -63,12 +68,20 @@ def moe_config(dense, slices: int, copies: int):
 
 
 @torch.no_grad()
-def upcycle(dense: torch.nn.Module, slices: int = 4, copies: int = 2, router_std: float = 0.02, seed: int = 0):
+def upcycle(
+    dense: torch.nn.Module,
+    slices: int = 4,
+    copies: int = 2,
+    router_std: float = 0.02,
+    seed: int = 0,
+    expert_noise: float = 0.0,
+):
     """A mixture of experts of `slices` x `copies` experts, `slices` for a token, with the dense model's values.
 
     Args:
         dense: a causal LM of transformers, of a family in `FAMILIES`.
-        router_std: standard deviation of the router's weights, drawn with `seed`.
+        router_std: standard deviation of the router's weights, drawn with `seed`, as is all noise.
+        expert_noise: of every expert's own weights, as a fraction of their RMS; 0 leaves the copies of a slice equal.
 
     Raises:
         ValueError: as `moe_config`.
@@ -93,8 +106,29 @@ def upcycle(dense: torch.nn.Module, slices: int = 4, copies: int = 2, router_std
         own.experts.down_proj.copy_(down.repeat(copies, 1, 1))
         router = router_std * torch.randn(copies, dense.config.hidden_size, generator=generator)
         own.gate.weight.copy_(router.repeat_interleave(slices, 0))
+        for fused in (own.experts.gate_up_proj, own.experts.down_proj) if expert_noise else ():
+            rms = fused.float().square().mean((1, 2), keepdim=True).sqrt()
+            noise = torch.randn(fused.shape, generator=generator).to(fused.device)
+            fused.copy_(fused.float() + expert_noise * rms * noise)
     moe.generation_config = dense.generation_config
     return moe
+
+
+def write_mixture(model: str, out: Path, **options) -> int:
+    """Upcycle a checkpoint (or the embedded model) in BF16 into the folder `out`, whole or not at all; its parameters.
+
+    Args and errors as `upcycle`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(ensure_embedded_model()) if model == EMBEDDED_MODEL_NAME else model
+    moe = upcycle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), **options)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    moe.save_pretrained(part)
+    AutoTokenizer.from_pretrained(path).save_pretrained(part)
+    part.rename(out)
+    return sum(p.numel() for p in moe.parameters())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,26 +138,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--slices", type=int, default=4, help="of every MLP; experts for a token")
     parser.add_argument("--copies", type=int, default=2, help="of every slice")
     parser.add_argument("--router-std", type=float, default=0.02)
+    parser.add_argument("--expert-noise", type=float, default=0.0, help="of each expert's weights, over their RMS")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(arguments)
     if a.out.exists():
         parser.error(f"{a.out} exists: name a folder that does not")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = str(ensure_embedded_model()) if a.model == EMBEDDED_MODEL_NAME else a.model
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     try:
-        moe = upcycle(dense, a.slices, a.copies, a.router_std, a.seed)
+        parameters = write_mixture(
+            a.model, a.out, slices=a.slices, copies=a.copies, router_std=a.router_std, seed=a.seed, expert_noise=a.expert_noise
+        )
     except ValueError as error:
         parser.error(str(error))
-    part = a.out.with_name(f".{a.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    moe.save_pretrained(part)
-    AutoTokenizer.from_pretrained(path).save_pretrained(part)
-    part.rename(a.out)
-    millions = sum(p.numel() for p in moe.parameters()) / 1e6
-    print(f"{a.out}: {a.slices * a.copies} experts a layer, {a.slices} for a token, {millions:.0f} M parameters")
+    experts = f"{a.slices * a.copies} experts a layer, {a.slices} for a token"
+    print(f"{a.out}: {experts}, {parameters / 1e6:.0f} M parameters")
 
 
 if __name__ == "__main__":
