@@ -2,7 +2,7 @@
 
 Every weight is quantised by itself to codes and scales, as a weight sync and an export do, by the Triton kernels and by the
 PyTorch reference on the same device. `ratio` is to the plain rule of the same format and backend; the paper of ScaleSearch
-(arXiv 2605.12464) has 1.74. `one tensor` is all weights as a single matrix: there launches cost nothing and kernels are compared.
+(arXiv 2605.12464) has 1.74. `one tensor` is all weights as a single matrix: there launches cost nothing and kernels compare.
 The codes of both backends are compared to the bit on the way. Without a GPU only the reference runs.
 """
 

@@ -1,8 +1,8 @@
 """NVFP4, and scales that are searched for in both formats: the reference's `quantize` and `fake_quantize`, to the bit.
 
-A block's scale is tried, its elements are rounded, the squared errors are summed in the order of `blocks.fold_sum`, and the best
-candidate is kept, all in registers: x is read once for NVFP4's scale of the tensor and once more for everything else, however
-many candidates there are. Quotients by the scale of the tensor, which need be no power of two, are IEEE's (`tl.div_rn`).
+A block's scale is tried, its elements are rounded, the squared errors are summed in the order of `blocks.fold_sum`, and the
+best candidate is kept, all in registers: x is read once for NVFP4's scale of the tensor and once more for everything else,
+however many candidates there are. Quotients by the scale of the tensor, mostly no power of two, are IEEE's (`tl.div_rn`).
 """
 
 from __future__ import annotations
@@ -129,12 +129,11 @@ def _nvfp4_kernel(
     known = tl.where(finite, amax, 0.0)  # of broken blocks the scale is NaN in the end
     six = _e4m3_code(tl.div_rn(tl.div_rn(known, tl.full((N,), 6.0, tl.float32)), g))
     code = six
-    if RULE == _STATIC4 or RULE == _FOUR_OVER_SIX:
+    if RULE == _STATIC4:
+        code = _e4m3_code(tl.div_rn(known * 0.25, g))
+    elif RULE == _FOUR_OVER_SIX:
         four = _e4m3_code(tl.div_rn(known * 0.25, g))
-        if RULE == _STATIC4:
-            code = four
-        else:
-            code = tl.where(_squared_error(x, four, g, B) < _squared_error(x, six, g, B), four, six)
+        code = tl.where(_squared_error(x, four, g, B) < _squared_error(x, six, g, B), four, six)
     elif RULE == _SEARCH:
         code = tl.minimum(tl.maximum(six + FIRST, 1), 126)
         least = tl.full((N,), float("inf"), tl.float32)
@@ -195,7 +194,7 @@ def _store(
 @launches
 def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype, seed: int | None = None) -> torch.Tensor:
     """`fake_quantize`. The quantised axis of the result lies as that of x does."""
-    rows, width = _rows(x, recipe, axis)
+    rows, _width = _rows(x, recipe, axis)
     out = torch.empty(rows.shape, dtype=dtype, device=x.device)
     if x.numel():
         _launch(rows, recipe, None, out=out)
