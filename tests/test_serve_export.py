@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mxfp4_rl.export.serving import marlin_has_a_tiling, notes
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "serve_export"
@@ -40,12 +41,22 @@ def test_a_widened_model_computes_what_it_did(tmp_path, scripts, tied):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_marlin_s_tilings_are_those_of_its_source(scripts):
-    models, _ = scripts
-    assert not models.marlin_has_a_tiling(576, 960) and not models.marlin_has_a_tiling(576, 576)
-    assert models.marlin_has_a_tiling(576, 3072) and models.marlin_has_a_tiling(1536, 576)
+def test_marlin_s_tilings_are_those_of_its_source():
+    assert not marlin_has_a_tiling(576, 960) and not marlin_has_a_tiling(576, 576)
+    assert marlin_has_a_tiling(576, 3072) and marlin_has_a_tiling(1536, 576)
     for inputs, outputs in ((1152, 960), (576, 1152), (1152, 3072), (1536, 1152)):  # SmolLM2 at twice its width
-        assert models.marlin_has_a_tiling(inputs, outputs)
+        assert marlin_has_a_tiling(inputs, outputs)
+
+
+def test_what_vllm_would_refuse_is_noted_by_products():
+    shapes = {f"layers.{i}.self_attn.{n}_proj": (o, 576) for i in (0, 1) for n, o in (("q", 576), ("k", 192), ("v", 192))}
+    shapes["layers.0.mlp.gate_proj"] = shapes["layers.0.mlp.up_proj"] = (1536, 576)
+    (note,) = notes(shapes, {"lm_head"})
+    assert note.count("576 inputs") == 1 and "q_proj + k_proj + v_proj with 576 inputs, 960 outputs" in note
+    left = {"layers.0.mlp.gate_proj"}
+    (mixed,) = notes({n: s for n, s in shapes.items() if "mlp.up" in n}, left)
+    assert "layers.0.mlp.up_proj but not layers.0.mlp.gate_proj" in mixed
+    assert notes({"layers.0.mlp.down_proj": (576, 1536)}, left) == []
 
 
 def test_comparison_counts_equal_replies_and_what_the_first_flip_costs(scripts):

@@ -76,6 +76,8 @@ def run(options) -> int:
             )
             if plan.left_alone:
                 print(f"left      {len(plan.left_alone)} Linear layers unquantised, e.g. {next(iter(plan.left_alone))}")
+            for note in plan.notes():
+                print(f"note      {note}")
             if options.verify:
                 return _verify(checkpoint, plan, out, verify_export, make_progress(elements))
     except CheckpointError as error:

@@ -1,7 +1,7 @@
 """What is exported: SmolLM2 as it is, SmolLM2 widened by zeros to a width that Marlin has a tiling for, a random gpt-oss.
 
-vLLM multiplies 4-bit weights by Marlin on GPUs without FP4 tensor cores. Its tiles are 128 x 128, 128 x 64, 64 x 128 or
-64 x 256 (inputs x outputs) and must divide the product that is served: SmolLM2's query, key and value (576 inputs, 960 outputs)
+vLLM multiplies 4-bit weights by Marlin on GPUs without FP4 tensor cores (`mxfp4_rl.export.serving`), whose tiles must divide a
+product as it is served: SmolLM2's query, key and value (576 inputs, 960 outputs)
 fit none. With 576 channels of zeros more, all of its products fit one and it computes what it did: RMSNorm's mean is over 1152
 channels then, which its weights and epsilon take back, up to the BF16 rounding of the weights. (640 would do for Marlin, but
 transformers wants a multiple of the heads.)
@@ -16,14 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-_TILES = ((128, 128), (128, 64), (64, 128), (64, 256))
 _READS_HIDDEN = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight", "lm_head.weight")
 _WRITES_HIDDEN = ("o_proj.weight", "down_proj.weight")
-
-
-def marlin_has_a_tiling(inputs: int, outputs: int) -> bool:
-    """Of vLLM 0.22's Marlin kernel, for a product as it is served (query, key and value together; gate and up)."""
-    return any(inputs % k == 0 and outputs % n == 0 for k, n in _TILES)
 
 
 def widen(source: Path, out: Path, hidden: int) -> Path:
