@@ -256,7 +256,7 @@ def _kernel_paths() -> Iterator[Check]:
 
     device, recipe = _device(), _recipe().weight
     x = torch.ones(32, 128, device=device)
-    kernels = quantizer.triton_module("quantize.triton", x, recipe, None)
+    kernels = quantizer.triton_module(quantizer.kernels_of(recipe), x, recipe, None)
     yield Check("quantise", OK, "Triton kernels" if kernels else "PyTorch reference")
     yield Check("product bf16", OK, "cuBLAS in BF16" if device.type == "cuda" else "PyTorch on the CPU")
     if kernels and fp8.runs_on(device, torch.bfloat16):

@@ -6,6 +6,8 @@ A child prints its result as one marked line of JSON among all that vLLM prints;
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -53,12 +55,29 @@ def tell(result: dict) -> None:
     print(_MARK + json.dumps(result), flush=True)
 
 
-def ask(name: str, script: str, *arguments: str) -> dict | None:
-    """Run `script` in a process of its own; its result, or None after printing the end of its output under `name`."""
-    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = done.stdout.splitlines()
+def ask(name: str, script: str, *arguments: str, seconds: float | None = None, tail: int = 25) -> dict | None:
+    """Run `script` in a process of its own; its result, or None after printing the end of its output under `name`.
+
+    Args:
+        seconds: after which it is ended; None: never. tail: lines that are printed of one that failed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    late = False
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        late = True
+        os.killpg(process.pid, signal.SIGKILL)  # an engine's own processes too
+        output, _ = process.communicate()
+    lines = output.splitlines()
     results = [line for line in lines if line.startswith(_MARK)]
     if not results:
-        print(f"{name}: failed\n" + "\n".join(lines[-25:]), flush=True)
+        print(f"{name}: {f'ended after {seconds:.0f} s' if late else 'failed'}\n" + "\n".join(lines[-tail:]), flush=True)
         return None
     return json.loads(results[-1].removeprefix(_MARK))

@@ -23,6 +23,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from mxfp4_kernels.error_stats.triton import partial_sums
 from mxfp4_kernels.matmul import fp8, grouped, native, w8a8
 from mxfp4_kernels.matmul.decode import Plan, decode_product
 from mxfp4_kernels.matmul.grouped_operands import Experts, Tokens
+from mxfp4_kernels.quantize import search
 from mxfp4_kernels.quantize.dequantize import dequantize
 from mxfp4_kernels.quantize.triton import operand, packed
 from triton.backends.compiler import GPUTarget
@@ -177,6 +179,11 @@ CASES = [
     Case("operand, stochastic", lambda: operand(meta(512, 4096), DRAWN, 1, torch.bfloat16)),
     Case("codes", lambda: packed(meta(512, 4096), PLAIN, 1), (80, 90)),
     Case("codes, columns, both corrections", lambda: packed(meta(512, 4096), BOTH, 0)),
+    *(
+        Case(f"{what}, {words}", lambda call=call, words=words: call(meta(512, 4096), QuantRecipe.parse(words), 1), (80, 90))
+        for words in ("nvfp4", "nvfp4+four-over-six", "nvfp4+search", "mxfp4+search")
+        for what, call in (("codes", search.packed), ("operand", partial(search.operand, dtype=torch.bfloat16)))
+    ),
     Case(
         "containers of whole rows", lambda: containers(meta(512, 4096), PLAIN, whole_rows=True), expect={"_rows_kernel": TO_FP8}
     ),

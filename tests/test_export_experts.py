@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
+from mxfp4_rl.analysis.checkpoint import open_checkpoint
+from mxfp4_rl.analysis.weights import linear_weights
 from mxfp4_rl.cli import main
 from mxfp4_rl.nn import converted_layers
 from mxfp4_rl.settings import RECIPE_FILE
@@ -218,6 +220,33 @@ def test_gpt_oss_as_transformers_dequantises_it(saved, tmp_path, capsys, words):
     assert same_operands(served, converted) == LAYERS * (4 + 2)
     assert export(saved["GptOss"], tmp_path / "plain", "bf16", words) == 0
     assert torch.equal(logits(served), logits(load(tmp_path / "plain")))
+
+
+@pytest.mark.parametrize("words", ["mxfp4", "mxfp4+oas"])
+def test_a_gpt_oss_in_mxfp4_is_read_as_transformers_dequantises_it(saved, tmp_path, capsys, words):
+    """As the models on the hub are: experts in blocks and scales. Exported as BF16, and again as gpt-oss, nothing is lost."""
+    packed = tmp_path / "packed"
+    assert export(saved["GptOss"], packed, "gpt-oss", words, "--shard-size", "40KB") == 0
+    theirs = load(packed, quantization_config=Mxfp4Config(dequantize=True)).state_dict()
+    with open_checkpoint(str(packed)) as checkpoint:
+        assert "quantization_config" not in checkpoint.config and f"{LAYERS * 2} tensors of experts" in checkpoint.note
+        found = {info.name: checkpoint.read(info) for info in checkpoint.tensors}
+        assert {info.name: info.shape for info in checkpoint.tensors} == {name: tuple(t.shape) for name, t in found.items()}
+        axes = {weight.kind: weight.axis for weight in linear_weights(checkpoint)[0] if "experts" in weight.name}
+    assert found.keys() == theirs.keys() and axes == {"experts.gate_up_proj": -2, "experts.down_proj": -2}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.items())
+    with open_checkpoint(str(packed), as_stored=True) as checkpoint:
+        assert {info.name for info in checkpoint.tensors} == stored(packed).keys()
+    capsys.readouterr()
+    for format in ("bf16", "gpt-oss"):
+        assert export(packed, tmp_path / format, format, "mxfp4", "--verify") == 0
+        assert "stored in MXFP4" in capsys.readouterr().out
+    plain = stored(tmp_path / "bf16")
+    experts = [name for name in plain if "experts" in name and name.endswith("proj")]
+    assert len(experts) == 2 * LAYERS and all(torch.equal(plain[name], found[name]) for name in experts)
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+    again = load(tmp_path / "gpt-oss", quantization_config=Mxfp4Config(dequantize=True)).state_dict()
+    assert all(torch.equal(again[name], found[name]) for name in experts)
 
 
 def test_gpt_oss_keeps_linear_layers_of_any_recipe_in_bf16(saved, tmp_path):

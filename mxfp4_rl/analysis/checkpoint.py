@@ -7,6 +7,9 @@ incomplete or contradictory checkpoint is refused before anything is measured.
 Both formats are memory-mapped. A mapping is given up when the next file begins, or after a gigabyte, so that the pages of what
 was read do not add up.
 
+gpt-oss' experts, which are stored in MXFP4 (`_blocks` and `_scales`), are read as what transformers makes of them: the BF16
+values that they stand for, to the bit, as (experts, inputs, outputs).
+
 llama.cpp permutes the rows of q_proj and k_proj of Llama-like models when it writes GGUF (its rotary layout; transformers
 undoes that). Rows are outputs: blocks along the inputs, and every sum over them, stay what they are, so it is not undone here.
 """
@@ -134,7 +137,7 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, as_stored: bool = False) -> Checkpoint:
     """Open a model and check its files; no tensor is read.
 
     Args:
@@ -142,6 +145,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             `.safetensors` or `.gguf` file (a part of a split GGUF stands for all parts); or a hub name `org/name`, of which
             config.json and the safetensors are downloaded. What exists as a path is not looked for on the hub.
         revision: branch, tag or commit, for hub names only.
+        as_stored: every tensor as it lies in its file: gpt-oss' experts as blocks and scales.
 
     Raises:
         CheckpointError: there is no such model, it has no weights that can be read, or its files are damaged.
@@ -149,7 +153,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     model = str(model)
     try:
         files = find_model(model, revision)
-        checkpoint = (_open_gguf if files.weights[0].suffix == ".gguf" else _open_safetensors)(model, files)
+        gguf = files.weights[0].suffix == ".gguf"
+        checkpoint = _open_gguf(model, files) if gguf else _open_safetensors(model, files, as_stored)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or model}: {error.strerror or error}") from error
     if not checkpoint.tensors:
@@ -165,7 +170,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def _open_safetensors(source: str, files: ModelFiles) -> Checkpoint:
+def _open_safetensors(source: str, files: ModelFiles, as_stored: bool = False) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     tensors = []
@@ -188,16 +193,63 @@ def _open_safetensors(source: str, files: ModelFiles) -> Checkpoint:
             f"the index in {files.weights[0].parent} promises {len(absent)} tensors that their shards do not hold: "
             f"{few(absent)}; index and shards are of different versions: download both again"
         )
-    return Checkpoint(source, files.weights, tensors, files.config, _SafetensorsReader())
+    quantisation = files.config.get("quantization_config")
+    parts = {}
+    if not as_stored and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
+        tensors, parts = _experts_of_gpt_oss(tensors)
+    if not parts:
+        return Checkpoint(source, files.weights, tensors, files.config, _SafetensorsReader())
+    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    note = f"{len(parts)} tensors of experts are stored in MXFP4 and were read as the BF16 values that they stand for"
+    return Checkpoint(source, files.weights, tensors, config, _SafetensorsReader(parts), note=note)
+
+
+def _experts_of_gpt_oss(tensors: list[TensorInfo]) -> tuple[list[TensorInfo], dict[str, tuple[TensorInfo, TensorInfo]]]:
+    """gpt-oss' experts, `X_blocks` (E, out, in / 32, 16) and `X_scales` (E, out, in / 32), as one tensor X (E, in, out) each.
+
+    Returns:
+        the tensors, X in the place of its blocks; X -> blocks and scales.
+    """
+    by_name = {info.name: info for info in tensors}
+    parts = {}
+    for info in tensors:
+        stem = info.name.removesuffix("_blocks")
+        scales = by_name.get(f"{stem}_scales")
+        pair = stem != info.name and scales is not None and info.dtype == scales.dtype == "U8"
+        if pair and len(info.shape) == 4 and info.shape[-1] == 16 and info.shape[:-1] == scales.shape:
+            parts[stem] = (info, scales)
+    whole = []
+    for info in tensors:
+        stem = info.name.removesuffix("_blocks").removesuffix("_scales")
+        if stem not in parts or info not in parts[stem]:
+            whole.append(info)
+        elif info is parts[stem][0]:
+            experts, outputs, blocks, _ = info.shape
+            whole.append(TensorInfo(stem, (experts, blocks * 32, outputs), "BF16", info.file))
+    return whole, parts
 
 
 class _SafetensorsReader:
-    """One open shard at a time."""
+    """One open shard at a time.
 
-    def __init__(self):
+    Args:
+        experts: tensors that lie in a file as MXFP4, name -> codes and scales.
+    """
+
+    def __init__(self, experts: dict[str, tuple[TensorInfo, TensorInfo]] | None = None):
+        self._experts = experts or {}
         self._file, self._handle, self._mapped = None, None, 0
 
     def read(self, info: TensorInfo) -> torch.Tensor:
+        if info.name not in self._experts:
+            return self._stored(info)
+        from mxfp4_rl.quant.tensor import MXFP4Tensor
+
+        codes, scales = (self._stored(part) for part in self._experts[info.name])
+        outputs_first = torch.Size((info.shape[0], info.shape[2], info.shape[1]))
+        return MXFP4Tensor(codes.flatten(-2), scales, outputs_first, 2).dequantize(torch.bfloat16).transpose(1, 2)
+
+    def _stored(self, info: TensorInfo) -> torch.Tensor:
         from safetensors import safe_open
 
         if self._file != info.file or self._mapped > _MAPPED_LIMIT:

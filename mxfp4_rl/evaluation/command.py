@@ -209,16 +209,20 @@ def find_device(given: str | None) -> str:
 def load(path: str, device: str):
     """(tokenizer, model in BF16 in eval mode, ids that end a reply) of what transformers loads from `path`.
 
+    A gpt-oss whose experts are stored in MXFP4 is loaded as the BF16 values that they stand for.
+
     Raises:
         LaunchError: it loads no causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        stored = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
+        own = {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == "mxfp4" else {}
         # Its parameters keep requires_grad, see `verl_plugin.rollout.RolloutModel`.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **own).to(device).eval()
     except Exception as error:  # transformers and the hub's client raise many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LaunchError(f"checkpoint {path} cannot be loaded as a causal language model: {reason[0]}") from error

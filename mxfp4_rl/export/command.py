@@ -64,6 +64,8 @@ def run(options) -> int:
         with open_checkpoint(model) as checkpoint:
             plan = Plan(checkpoint, recipe, FORMATS[options.format])
             print(f"recipe    {recipe.describe()} ({where}); weights only")
+            if checkpoint.note:
+                print(f"source    {checkpoint.note}")
             elements = sum(info.elements for info in checkpoint.tensors)
             with make_progress(elements) as progress:
                 counts = write_export(checkpoint, plan, out, torch.bfloat16, shard_bytes, progress.advance)
@@ -74,6 +76,8 @@ def run(options) -> int:
             )
             if plan.left_alone:
                 print(f"left      {len(plan.left_alone)} Linear layers unquantised, e.g. {next(iter(plan.left_alone))}")
+            for note in plan.notes():
+                print(f"note      {note}")
             if options.verify:
                 return _verify(checkpoint, plan, out, verify_export, make_progress(elements))
     except CheckpointError as error:

@@ -9,7 +9,7 @@ import torch
 
 from mxfp4_rl.analysis.checkpoint import Checkpoint
 from mxfp4_rl.analysis.weights import LinearWeight, linear_weights
-from mxfp4_rl.export import ExportError
+from mxfp4_rl.export import ExportError, serving
 from mxfp4_rl.export.experts import ExpertNames
 from mxfp4_rl.export.formats import Format, quantise_group, served_together
 from mxfp4_rl.nn.convert import why_left_alone
@@ -161,6 +161,14 @@ class Plan:
     def _quantised(self, group: list[str], weights: list[torch.Tensor]):
         quantised = quantise_group(weights, self.recipes[group[0]].weight, self.format.shares_scale)
         yield from ((f"{m}.weight", q, q.shape.numel()) for m, q in zip(group, quantised, strict=True))
+
+    def notes(self) -> list[str]:
+        """What vLLM would refuse of the export."""
+        if not self.format.of_linears:
+            return []
+        shapes = {name: self._infos.get(f"{name}.weight") for name in self.recipes if ".experts." not in name}
+        quantised = {name: info.shape for name, info in shapes.items() if info is not None}
+        return serving.notes(quantised, set(self.left_alone))
 
     def stored(self, name: str, tensor: torch.Tensor | QuantizedTensor) -> dict[str, torch.Tensor]:
         """What is written of a pair of `tensors`, by name."""

@@ -28,7 +28,7 @@ def verify_export(
     """
     counts = {"tensors": 0, "decompressed": 0, "rounded_apart": 0}
     decompress = _decompressor(plan)
-    with open_checkpoint(str(out)) as written:
+    with open_checkpoint(str(out), as_stored=True) as written:
         found = {info.name: info for info in written.tensors}
         for name, tensor, elements in plan.tensors(checkpoint, dtype):
             read = {}

@@ -29,7 +29,7 @@ MIN_CODE, MAX_CODE, NAN_CODE = 1, 126, 127  # 2^-9, 448, NaN
 # g = amax / (6 * this); soar only starts from it.
 TARGET = {"static": E4M3_MAX, "static4": 256.0, "four_over_six": 256.0, "search": E4M3_MAX}
 # Below 2^-112 the reciprocal of g times the smallest block scale would overflow; above 1.9e38 a largest element that rounds up.
-_SMALLEST_TENSOR_SCALE, _LARGEST_AMAX = 2.0**-112, 1.9e38
+SMALLEST_TENSOR_SCALE, LARGEST_AMAX = 2.0**-112, 1.9e38
 
 
 def e4m3_code(values: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def tensor_scale(amax: torch.Tensor, rule: str) -> torch.Tensor:
     """Largest magnitudes of all blocks, float32 (any shape) -> g, float32 (); NaN and Inf blocks do not count."""
     finite = amax[amax.isfinite()]
     largest = finite.amax() if finite.numel() else amax.new_zeros(())
-    return divided(largest.clamp(max=_LARGEST_AMAX), E2M1_MAX * TARGET.get(rule, E4M3_MAX)).clamp_(min=_SMALLEST_TENSOR_SCALE)
+    return divided(largest.clamp(max=LARGEST_AMAX), E2M1_MAX * TARGET.get(rule, E4M3_MAX)).clamp_(min=SMALLEST_TENSOR_SCALE)
 
 
 class NVFP4Quantizer:

@@ -21,8 +21,12 @@ from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axi
 from mxfp4_rl.recipe import QuantRecipe
 
 _QUANTIZERS = {"mxfp4": MXFP4Quantizer, "nvfp4": NVFP4Quantizer}
-_KERNELS = "quantize.triton"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_of(recipe: QuantRecipe) -> str:
+    """The module of mxfp4_kernels that quantises by a recipe, if any does."""
+    return "quantize.search" if recipe.format == "nvfp4" or recipe.scale_rule == "search" else "quantize.triton"
 
 
 @torch.no_grad()
@@ -55,8 +59,9 @@ def quantize(
     check(x, axis)
     if tensor_scale is not None and (recipe.format != "nvfp4" or recipe.scale_rule == "soar"):
         raise ValueError(f"tensor_scale={tensor_scale!r} is for nvfp4's rules but soar, not {recipe.describe()}: give None")
-    if kernels := triton_module(_KERNELS, x, recipe, backend):
-        return kernels.packed(x.detach(), recipe, axis % x.ndim)
+    if kernels := triton_module(kernels_of(recipe), x, recipe, backend):
+        given = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
+        return kernels.packed(x.detach(), recipe, axis % x.ndim, **given)
     rows = Rows(x.detach(), axis, recipe)
     quantizer, chunks = _passes(rows, recipe, seed, tensor_scale=tensor_scale)
 
@@ -103,7 +108,7 @@ def fake_quantize(
     """
     recipe = recipe or QuantRecipe()
     check(x, axis)
-    if kernels := triton_module(_KERNELS, x, recipe, backend, draws=True):
+    if kernels := triton_module(kernels_of(recipe), x, recipe, backend, draws=True):
         return kernels.operand(x.detach(), recipe, axis % x.ndim, dtype or x.dtype, _drawn(seed, recipe))
     rows = Rows(x.detach(), axis, recipe)
     out = torch.empty(rows.count, rows.length, dtype=dtype or x.dtype, device=x.device)
@@ -152,7 +157,7 @@ def rows_of(x: torch.Tensor, axis: int, recipe: QuantRecipe) -> Rows:
 
 def backend_for(recipe: QuantRecipe, device: torch.device) -> str:
     """What makes an operand of a recipe on a device (`fake_quantize`, `backend=None`): "triton" or "reference"."""
-    kernels = triton_module(_KERNELS, torch.empty(0, device=device), recipe, None, draws=True)
+    kernels = triton_module(kernels_of(recipe), torch.empty(0, device=device), recipe, None, draws=True)
     return "reference" if kernels is None else "triton"
 
 
@@ -179,7 +184,7 @@ def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str 
         return None
     if backend == "triton" and not x.is_cuda and not INTERPRETED.value:
         raise ValueError(f"backend='triton' runs on CUDA, not on {x.device.type}: use 'reference', or set TRITON_INTERPRET=1")
-    if why := unsupported(recipe, draws):
+    if why := getattr(kernels, "unsupported", unsupported)(recipe, draws):
         if backend == "triton":
             raise ValueError(f"backend='triton' has no kernel for {recipe.describe()} ({why}): use 'reference' or None")
         return None

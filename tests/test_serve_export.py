@@ -1,0 +1,97 @@
+"""The script that serves exports: its models compute what it says, its comparison counts what it says."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mxfp4_rl.export.serving import marlin_has_a_tiling, notes
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "serve_export"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import compare
+        import models
+    finally:
+        sys.path.remove(str(FOLDER))
+    return models, compare.compare
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_widened_model_computes_what_it_did(tmp_path, scripts, tied):
+    models, _ = scripts
+    source = make_tiny_model(tmp_path / "own", hidden=64, heads=4, architecture="llama", tie_word_embeddings=tied)
+    wide = models.widen(source, tmp_path / "wide", 256)  # four times as many: norms are scaled by 1/2, exactly
+    ids = torch.arange(6, 26).view(2, 10)
+    with torch.no_grad():
+        ours, theirs = load(wide), load(source)
+        assert ours.config.hidden_size == 256 and ours.config.head_dim == 16
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_marlin_s_tilings_are_those_of_its_source():
+    assert not marlin_has_a_tiling(576, 960) and not marlin_has_a_tiling(576, 576)
+    assert marlin_has_a_tiling(576, 3072) and marlin_has_a_tiling(1536, 576)
+    for inputs, outputs in ((1152, 960), (576, 1152), (1152, 3072), (1536, 1152)):  # SmolLM2 at twice its width
+        assert marlin_has_a_tiling(inputs, outputs)
+
+
+def test_what_vllm_would_refuse_is_noted_by_products():
+    shapes = {f"layers.{i}.self_attn.{n}_proj": (o, 576) for i in (0, 1) for n, o in (("q", 576), ("k", 192), ("v", 192))}
+    shapes["layers.0.mlp.gate_proj"] = shapes["layers.0.mlp.up_proj"] = (1536, 576)
+    (note,) = notes(shapes, {"lm_head"})
+    assert note.count("576 inputs") == 1 and "q_proj + k_proj + v_proj with 576 inputs, 960 outputs" in note
+    left = {"layers.0.mlp.gate_proj"}
+    (mixed,) = notes({n: s for n, s in shapes.items() if "mlp.up" in n}, left)
+    assert "layers.0.mlp.up_proj but not layers.0.mlp.gate_proj" in mixed
+    assert notes({"layers.0.mlp.down_proj": (576, 1536)}, left) == []
+
+
+def test_comparison_counts_equal_replies_and_what_the_first_flip_costs(scripts):
+    _, compare = scripts
+    reference = {"replies": [[1, 2, 3], [4, 5, 6], [7, 8, 9]], "margins": [[9, 9, 9], [9, 0.25, 9], [9, 9, 0.5]]}
+    reference["forced"] = [[-1.0, -2.0, -3.0]] * 3
+    ours = {
+        "replies": [[1, 2, 3], [4, 0, 0], [7, 8, 0]],
+        "forced": [[-1.0, -2.0, -3.0], [-1.0, -2.5, -3.0], [-1.0, -2.0, -3.25]],
+    }
+    found = compare(ours, reference)
+    assert found["replies"] == 3 and found["equal"] == pytest.approx(1 / 3)
+    assert found["first_divergence"] == 1 and found["median_divergence"] == 1.5 and found["largest_margin"] == 0.5
+    assert found["max_difference"] == 0.5 and found["mean_difference"] == pytest.approx(0.75 / 9)
+    same = compare(reference, reference)
+    assert same["equal"] == 1 and same["first_divergence"] is None and same["max_difference"] == 0
+
+
+def test_replies_do_not_end_and_their_log_probabilities_are_the_model_s(tmp_path):
+    spec = importlib.util.spec_from_file_location("serve_export", FOLDER / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    sys.modules["serve_export"] = run
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec.loader.exec_module(run)
+    finally:
+        sys.path.remove(str(FOLDER))
+    folder = make_tiny_model(tmp_path / "own", architecture="llama")
+    asked = [[10, 11, 12], [13, 14, 15, 16, 17, 18]]
+    found = run.transformers_answers(folder, asked, 20)
+    assert [len(reply) for reply in found["replies"]] == [20, 20]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for prompt, reply, forced, margins in zip(asked, *(found[k] for k in ("replies", "forced", "margins")), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        own = logits[torch.arange(20), torch.tensor(reply)]
+        torch.testing.assert_close(own, torch.tensor(forced), atol=0.05, rtol=0)
+        assert min(margins) >= 0 and (logits.max(-1).values - own).max() < 0.1  # greedy, up to BF16's ties
