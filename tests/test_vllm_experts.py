@@ -40,7 +40,9 @@ def held(weight, recipe):
 
 
 def by_operator(experts, recipes, x, index, weights):
-    pairs = [(r and r.weight and (None if why_not_packed(r.weight) else r.weight), r and r.activation) for r in recipes.values()]
+    pairs = [
+        (r and r.weight and (None if why_not_packed(r.weight) else r.weight), r and r.activation) for r in recipes.values()
+    ]
     tensors = [held(getattr(experts, own).detach(), recipe) for own, recipe in recipes.items()]
     texts = recipe_texts(*(r for pair in pairs for r in pair))
     return torch.ops.mxfp4_rl.experts(x, index, weights, *tensors, texts, "silu")

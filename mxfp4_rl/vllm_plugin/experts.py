@@ -48,7 +48,9 @@ def check_layer(layer: torch.nn.Module, prefix: str, recipes: dict[str, ModelRec
         refuse(f"its widths {widths} are no multiples of {_MULTIPLE}, as the grouped kernels need them")
     for recipe in recipes.values():
         if recipe and recipe.activation and looks_at_other_rows(recipe.activation):
-            refuse(f"activations in {recipe.activation.describe()} depend on all tokens of an expert, which no CUDA graph knows")
+            refuse(
+                f"activations in {recipe.activation.describe()} depend on all tokens of an expert, which no CUDA graph knows"
+            )
 
 
 class MXFP4ExpertsMethod(FusedMoEMethodBase):
