@@ -40,11 +40,11 @@ def held(weight, recipe):
 
 
 def by_operator(experts, recipes, x, index, weights):
-    pairs = [
-        (r and r.weight and (None if why_not_packed(r.weight) else r.weight), r and r.activation) for r in recipes.values()
-    ]
+    def packed(recipe):
+        return recipe.weight if recipe and recipe.weight and not why_not_packed(recipe.weight) else None
+
     tensors = [held(getattr(experts, own).detach(), recipe) for own, recipe in recipes.items()]
-    texts = recipe_texts(*(r for pair in pairs for r in pair))
+    texts = recipe_texts(*(own for r in recipes.values() for own in (packed(r), r and r.activation)))
     return torch.ops.mxfp4_rl.experts(x, index, weights, *tensors, texts, "silu")
 
 

@@ -116,12 +116,12 @@ def test_what_the_trainer_leaves_alone_the_rollout_leaves_alone():
 EXPERTS, TOP = 4, 2
 
 
-def _expert_model(config, hidden=HIDDEN):
+def _expert_model(config, inner=INNER):
     """What vLLM's models do with their experts: a FusedMoE layer, and names replaced on the way to its loader."""
     from vllm.model_executor.layers.fused_moe import FusedMoE
 
     layer = FusedMoE(
-        num_experts=EXPERTS, top_k=TOP, hidden_size=hidden, intermediate_size=INNER, params_dtype=torch.bfloat16,
+        num_experts=EXPERTS, top_k=TOP, hidden_size=HIDDEN, intermediate_size=inner, params_dtype=torch.bfloat16,
         renormalize=True, quant_config=config, prefix="model.layers.0.mlp.experts",
     )  # fmt: skip
     mapping = FusedMoE.make_expert_params_mapping(layer, "gate_proj", "down_proj", "up_proj", EXPERTS)
@@ -192,7 +192,7 @@ def _experts_in_worker(rank, world, port, words):
         assert type(layer.quant_method).__name__ == "MXFP4ExpertsMethod"
         if world > 1:
             with pytest.raises(ValueError, match="cut its blocks"):
-                _expert_model(_config(ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs512"))))
+                _expert_model(_config(ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs"))), inner=192)
     torch.distributed.destroy_process_group()
 
 
@@ -215,8 +215,7 @@ def _kinds_in_worker(rank, world, port):
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     def built(recipe):
-        set_config = VllmConfig()
-        with set_current_vllm_config(set_config):
+        with set_current_vllm_config(VllmConfig()):
             config = _config(recipe)
             return _expert_model(config)[0], config
 

@@ -1,8 +1,8 @@
 """Fused tensors of experts taken apart: an expert's layers, named as vLLM's `load_weights` knows them from checkpoints.
 
-transformers keeps a layer's experts in `experts.gate_up_proj` (E, 2 I, H) and `experts.down_proj` (E, H, I); checkpoints, and so
-vLLM's loaders, have a weight an expert: `experts.3.gate_proj.weight`, and under Mixtral's names `block_sparse_moe.experts.3.w1`.
-An expert's codes are rows of the fused tensor's, so nothing is quantised again.
+transformers keeps a layer's experts in `experts.gate_up_proj` (E, 2 I, H) and `experts.down_proj` (E, H, I). Checkpoints, and
+so vLLM's loaders, have a weight for every expert: `experts.3.gate_proj.weight`, or `block_sparse_moe.experts.3.w1.weight`
+(Mixtral). An expert's codes are rows of the fused tensor's, so nothing is quantised again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The products of a mixture of experts in vLLM as one operator, which torch.compile and CUDA graphs see as a whole.
 
-It computes what `mxfp4_rl.nn.experts.MXFP4Experts.forward` does, on equal operands bit for bit: tokens sorted by expert, quantised
-before each product (once a token before the first, once a routed token before the second), the gate in the model's dtype.
+It computes what `mxfp4_rl.nn.experts.MXFP4Experts.forward` does, on operands that are equal bit for bit: tokens sorted by
+expert, quantised before each product (every token before the first, every routed token before the second), and the gate in the
+model's dtype.
 
 Few tokens an expert, as in decoding, are multiplied by the packed codes of the experts they meet
 (`mxfp4_kernels.matmul.grouped_decode`); for more, the layer's weights are dequantised for the call and the trainer's grouped

@@ -2,9 +2,9 @@
 
 For each variant, in a process of its own: random weights of Qwen3-MoE's architecture, a vLLM engine that gets them from the
 converted transformers model, the experts' dequantised weights of both compared bit for bit, responses sampled from random
-prompts, k3 between the rollout's log-probs and the trainer's on the same tokens (as in `recipes/agreement`), and tokens a second
-while decoding. The engines start side by side and are timed one after the other, once all are done with the rest. Every phase
-says when it began; a variant that fails leaves the others' results. Needs a GPU and vLLM.
+prompts, k3 between the rollout's log-probs and the trainer's on the same tokens (as in `recipes/agreement`), and tokens a
+second while decoding. The engines start side by side and are timed one after the other, once all are done with the rest. Every
+phase says when it began; a variant that fails leaves the others' results. Needs a GPU and vLLM.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def k3_of(llm, model, arguments) -> dict:
             [{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=temperature, **options), use_tqdm=False
         )
         responses = [list(o.outputs[0].token_ids) for o in outputs]
-        if kind == "greedy":  # processed log-probs of greedy sampling are those of one token: only that it runs
+        if kind == "greedy":  # whose processed log-probs are all 0
             row["greedy_tokens"] = sum(map(len, responses))
             row["greedy_distinct"] = len({t for r in responses for t in r})
             continue
@@ -117,7 +117,6 @@ def k3_of(llm, model, arguments) -> dict:
 
 def measure(arguments) -> dict:
     """One variant, in this process; what one phase raises is told in the row, and the next one goes on."""
-    from mxfp4_rl.nn import convert, converted_layers
     from mxfp4_rl.vllm_plugin import offline
 
     recipe = recipe_of(arguments.variant)
@@ -126,11 +125,10 @@ def measure(arguments) -> dict:
     def attempt(what, function):
         phase(f"{arguments.variant}: {what}")
         try:
-            return function()
+            row.update(function())
         except Exception:
             traceback.print_exc()
             row["errors"].append(f"{what}: {traceback.format_exc().splitlines()[-1]}")
-            return {}
 
     began = time.perf_counter()
     phase(f"{arguments.variant}: engine")
@@ -144,30 +142,43 @@ def measure(arguments) -> dict:
     row["start_s"] = time.perf_counter() - began
     row["weights_mib"] = sum(p.numel() * p.element_size() for p in held.parameters()) / 2**20
     if recipe is not None:
-        row |= attempt("paths", lambda: {"paths": held_paths(llm)})
-    phase(f"{arguments.variant}: trainer's model; rollout: {row.get('paths', 'BF16')}")
+        attempt("paths", lambda: {"paths": held_paths(llm)})
+    phase(f"{arguments.variant}: rollout: {row.get('paths', 'BF16')}")
+    agree(llm, recipe, arguments, attempt)
+    gc.collect()
+    torch.cuda.empty_cache()
+    tell(row)  # should timing be cut short
+    from decode_speed.run import _rate
+
+    with alone(arguments):
+        for sequences in arguments.sequences:
+            attempt(f"time {sequences}", lambda n=sequences: {str(n): _rate(llm, n, arguments.tokens)})
+            tell(row)
+    return row
+
+
+def agree(llm, recipe, arguments, attempt) -> None:
+    """All that needs the trainer's model, which is gone afterwards."""
+    from mxfp4_rl.nn import convert, converted_layers
+    from mxfp4_rl.vllm_plugin import offline
+
+    held, shipments = offline.model_of(llm), []
     model = trainer_model(arguments.folder)
     if recipe is not None:
         convert(model, recipe)
-    began = time.perf_counter()
-    shipment = attempt("ship", lambda: offline.load(llm, model))
-    row["ship_s"] = time.perf_counter() - began
-    if shipment:
-        row |= shipment.sizes
-        row |= attempt("checksum", lambda: checksums(held, shipment)) if recipe is not None else {}
-        row |= attempt("compare", lambda: experts_equal(held, converted_layers(model))) if recipe is not None else {}
-        row |= attempt("generate and compare", lambda: k3_of(llm, model, arguments))
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    from decode_speed.run import _rate
 
-    tell(row)  # should timing be cut short
-    with alone(arguments):
-        for sequences in arguments.sequences:
-            row |= attempt(f"time {sequences}", lambda n=sequences: {str(n): _rate(llm, n, arguments.tokens)})
-            tell(row)
-    return row
+    def ship():
+        began = time.perf_counter()
+        shipments.append(offline.load(llm, model))
+        torch.cuda.synchronize()
+        return {"ship_s": time.perf_counter() - began, **shipments[0].sizes}
+
+    attempt("ship", ship)
+    if recipe is not None and shipments:
+        attempt("checksum", lambda: checksums(held, shipments[0]))
+        attempt("compare", lambda: experts_equal(held, converted_layers(model)))
+    if shipments:
+        attempt("generate and compare", lambda: k3_of(llm, model, arguments))
 
 
 def held_paths(llm) -> str:
