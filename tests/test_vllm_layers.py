@@ -155,11 +155,14 @@ def _experts_in_worker(rank, world, port, words):
         init_distributed_environment(world, rank, "env://", rank, "gloo")
         initialize_model_parallel(world)
         layer, load_weights = _expert_model(_config(recipe))
-        for seed in (1, 0):  # shipped again, in place
-            if seed:
+        for first in (True, False):  # shipped again, in place
+            if first:
                 shipped = {own: quantize_experts(torch.randn(w.shape).bfloat16(), recipe.weight) for own, w in weights.items()}
             else:
                 shipped = packed
+                for name, parameter in layer.named_parameters():
+                    if name.startswith(("w13_weight", "w2_weight")):  # as verl does before every sync
+                        parameter.weight_loader = layer.weight_loader
             shipment = Shipment(torch.bfloat16, "qwen3_moe")
             load_weights(shipment.tensors((f"model.layers.0.mlp.experts.{own}", w) for own, w in shipped.items()))
         held = checksum((n, p.data) for n, p in layer.named_parameters())

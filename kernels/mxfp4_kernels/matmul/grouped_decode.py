@@ -27,20 +27,38 @@ _OUTPUTS = (torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _values(codes_ptr, scales_ptr, at, there):
-    """Codes times scales, float32 (rows, 8 * words), of the words at these places: a word is 8 columns, four are a block."""
+def _load(codes_ptr, scales_ptr, at, there):
+    """Words of codes and the scales of their blocks, of which each is four words."""
     words = tl.load(codes_ptr + at, mask=there, other=0)
     byte = tl.load(scales_ptr + at // 4, mask=there, other=127).to(tl.int32)
-    scale = (_scale_bits(byte) << 16).to(tl.float32, bitcast=True)
-    even = tl.join(
-        tl.join(_nibble(words, 0, scale), _nibble(words, 4, scale)),
-        tl.join(_nibble(words, 2, scale), _nibble(words, 6, scale)),
-    )
-    odd = tl.join(
-        tl.join(_nibble(words, 1, scale), _nibble(words, 5, scale)),
-        tl.join(_nibble(words, 3, scale), _nibble(words, 7, scale)),
-    )
-    values = tl.join(even, odd)  # (rows, words, n / 4, n / 2 % 2, n % 2), the nibbles n in the order of the columns
+    return words, (_scale_bits(byte) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _value(n: tl.constexpr, words, scale, words2, scale2, factor, alpha, RESIDUAL: tl.constexpr, MACRO: tl.constexpr):
+    """Column n of each word, float32."""
+    value = _nibble(words, n, scale)
+    if RESIDUAL:
+        value += alpha * _nibble(words2, n, scale2)
+    if MACRO > 0:
+        value = tl.div_rn(value, factor)
+    return value
+
+
+@triton.jit
+def _values(words, scale, words2, scale2, factor, alpha, RESIDUAL: tl.constexpr, MACRO: tl.constexpr):
+    """The operand, float32 (rows, 8 * words), of words of codes with what belongs to each of them."""
+    v0 = _value(0, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v1 = _value(1, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v2 = _value(2, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v3 = _value(3, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v4 = _value(4, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v5 = _value(5, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v6 = _value(6, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    v7 = _value(7, words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    values = tl.join(even, odd)  # (rows, words, n / 4, n / 2 % 2, n % 2): columns in order
     return tl.reshape(values, (words.shape[0], words.shape[1] * 8))
 
 
@@ -77,13 +95,14 @@ def _product_kernel(
             here = k // 8 + word
             there = (here < NB * 4)[None, :] & (n < N)[:, None]
             at = row[:, None] * (NB * 4) + here[None, :]
-            values = _values(codes_ptr, scales_ptr, at, there)
+            words, scale = _load(codes_ptr, scales_ptr, at, there)
+            words2, scale2, factor = words, scale, scale
             if RESIDUAL:
-                values += alpha * _values(codes2_ptr, scales2_ptr, at, there)
-            if MACRO > 0:
-                macro_at = row[:, None] * tl.cdiv(K, MACRO) + ((k + column) // MACRO)[None, :]
-                factor = tl.load(macro_ptr + macro_at, mask=(k + column < K)[None, :] & (n < N)[:, None], other=1.0)
-                values = tl.div_rn(values, factor)
+                words2, scale2 = _load(codes2_ptr, scales2_ptr, at, there)
+            if MACRO > 0:  # the columns of a word, and of a block, have the same factor
+                macro_at = row[:, None] * tl.cdiv(K, MACRO) + (here // (MACRO // 8))[None, :]
+                factor = tl.load(macro_ptr + macro_at, mask=there, other=1.0)
+            values = _values(words, scale, words2, scale2, factor, alpha, RESIDUAL, MACRO)
             x_at = token[None, :].to(tl.int64) * K + (k + column)[:, None]
             x = tl.load(x_ptr + x_at, mask=(token < last)[None, :] & (k + column < K)[:, None], other=0.0)
             if INTERPRETED:
