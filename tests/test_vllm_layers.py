@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, quantize
+from mxfp4_rl.nn.experts import quantize_experts
 from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.vllm_plugin import quantization_config
 from mxfp4_rl.vllm_plugin.layout import checksum, named_tensors
+from mxfp4_rl.vllm_plugin.shipment import Shipment
 from tests.test_packing import _free_port
 
 pytest.importorskip("vllm")
@@ -109,3 +111,129 @@ def test_what_the_trainer_leaves_alone_the_rollout_leaves_alone():
     for name in ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.self_attn.qkv_proj"):
         assert config._recipe_of(name) is None
     assert config._recipe_of("model.layers.0.mlp.down_proj") == ModelRecipe()
+
+
+EXPERTS, TOP = 4, 2
+
+
+def _expert_model(config, inner=INNER):
+    """What vLLM's models do with their experts: a FusedMoE layer, and names replaced on the way to its loader."""
+    from vllm.model_executor.layers.fused_moe import FusedMoE
+
+    layer = FusedMoE(
+        num_experts=EXPERTS, top_k=TOP, hidden_size=HIDDEN, intermediate_size=inner, params_dtype=torch.bfloat16,
+        renormalize=True, quant_config=config, prefix="model.layers.0.mlp.experts",
+    )  # fmt: skip
+    mapping = FusedMoE.make_expert_params_mapping(layer, "gate_proj", "down_proj", "up_proj", EXPERTS)
+    parameters = {f"model.layers.0.mlp.experts.{name}": p for name, p in layer.named_parameters()}
+
+    def load_weights(pairs):
+        for name, tensor in pairs:
+            into, own, expert, shard = next(m for m in mapping if m[1] in name)
+            name = name.replace(own, into)
+            parameter = parameters[name]
+            assert parameter.weight_loader(parameter, tensor, name, shard_id=shard, expert_id=expert, return_success=True)
+
+    return layer, load_weights
+
+
+def _experts_in_worker(rank, world, port, words):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    recipe = ModelRecipe(weight=QuantRecipe.parse(words), activation=QuantRecipe())
+    g = torch.Generator().manual_seed(0)
+    shapes = {"gate_up_proj": (EXPERTS, 2 * INNER, HIDDEN), "down_proj": (EXPERTS, HIDDEN, INNER)}
+    weights = {own: (torch.randn(shape, generator=g) / 16).bfloat16() for own, shape in shapes.items()}
+    packed = {own: quantize_experts(w, recipe.weight) for own, w in weights.items()}
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(world, rank, "env://", rank, "gloo")
+        initialize_model_parallel(world)
+        layer, load_weights = _expert_model(_config(recipe))
+        for first in (True, False):  # shipped again, in place
+            if first:
+                shipped = {own: quantize_experts(torch.randn(w.shape).bfloat16(), recipe.weight) for own, w in weights.items()}
+            else:
+                shipped = packed
+                for name, parameter in layer.named_parameters():
+                    if name.startswith(("w13_weight", "w2_weight")):  # as verl does before every sync
+                        parameter.weight_loader = layer.weight_loader
+            shipment = Shipment(torch.bfloat16, "qwen3_moe")
+            load_weights(shipment.tensors((f"model.layers.0.mlp.experts.{own}", w) for own, w in shipped.items()))
+        held = checksum((n, p.data) for n, p in layer.named_parameters())
+        torch.distributed.all_reduce(held)
+        assert int(held) == int(shipment.checksum)
+
+        expected = {}
+        for own, w in packed.items():
+            parts = w.dequantize(torch.bfloat16)
+            halves = [half.chunk(world, dim=1)[rank] for half in parts.chunk(2, dim=1)]
+            expected[own] = torch.cat(halves, dim=1) if own == "gate_up_proj" else parts.chunk(world, dim=2)[rank]
+            stored = layer.quant_method.weight(layer, own)
+            assert torch.equal(stored.dequantize(torch.bfloat16), expected[own])
+
+        x, ids = torch.randn(9, HIDDEN, generator=g).bfloat16(), torch.randint(EXPERTS - 1, (9, TOP), generator=g).int()
+        routing = torch.rand(9, TOP, generator=g)
+        y = layer.quant_method.apply(layer, x, routing, ids, None, None).double()
+        x_hat, exact = fake_quantize(x, recipe.activation).double(), torch.zeros(9, HIDDEN).double()
+        for t, j in ((t, j) for t in range(9) for j in range(TOP)):
+            wide = x_hat[t] @ expected["gate_up_proj"][ids[t, j]].double().t()
+            gate, up = wide.bfloat16().chunk(2)
+            inner = fake_quantize((torch.nn.functional.silu(gate) * up)[None], recipe.activation).double()[0]
+            exact[t] += routing[t, j] * (inner @ expected["down_proj"][ids[t, j]].double().t())
+        # A sum that rounds to a neighbour before the gate may move the second activation by a step of E2M1.
+        assert y.shape == (9, HIDDEN) and (y - exact).norm() <= 0.15 * exact.norm()
+        assert layer.quant_method.maybe_make_prepare_finalize() is None
+        layer.maybe_init_modular_kernel()  # which vLLM calls; nothing replaces our method
+        assert type(layer.quant_method).__name__ == "MXFP4ExpertsMethod"
+        if world > 1:
+            with set_current_vllm_config(VllmConfig()), pytest.raises(ValueError, match="cut its blocks"):
+                _expert_model(_config(ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs"))), inner=192)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("words", ["mxfp4", "mxfp4+mbs+of"])
+def test_a_layer_of_experts_holds_and_multiplies_its_part_of_what_was_shipped(words, world, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch.multiprocessing.spawn(_experts_in_worker, (world, _free_port(), words), nprocs=world)
+
+
+def _kinds_in_worker(rank, world, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    def built(recipe):
+        with set_current_vllm_config(VllmConfig()):
+            config = _config(recipe)
+            return _expert_model(config)[0], config
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(world, rank, "env://", rank, "gloo")
+        initialize_model_parallel(world)
+    layer, config = built(ModelRecipe(overrides={"down_proj": {"hadamard": 64}}, exclude=["re:self_attn"]))
+    names = {name for name, _ in layer.named_parameters()}
+    assert names == {"w13_weight_packed", "w13_weight_scale", "w2_weight"}
+    assert "dequantised: down_proj" in config.describe()
+    layer, config = built(ModelRecipe(exclude=["re:experts"]))
+    assert isinstance(layer.quant_method, UnquantizedFusedMoEMethod) and "not quantised" in config.describe()
+    with pytest.raises(RecipeError, match="all tokens of an expert"):
+        built(ModelRecipe(activation=QuantRecipe.parse("nvfp4")))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_a_layer_of_experts_holds_and_refuses():
+    torch.multiprocessing.spawn(_kinds_in_worker, (1, _free_port()), nprocs=1)

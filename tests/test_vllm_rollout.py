@@ -217,6 +217,7 @@ def test_the_adapter_ships_packed_tensors_and_tells_the_server(monkeypatch):
     monkeypatch.setattr(vllm_adapter.ServerAdapter, "update_weights", send)
     adapter = object.__new__(MXFP4ServerAdapter)
     adapter.config = types.SimpleNamespace(custom={"mxfp4": {"enable": True}}, dtype="bfloat16")
+    adapter.model_config = types.SimpleNamespace(hf_config=types.SimpleNamespace(model_type="qwen2"))
     adapter._has_server = True
     adapter.server_handle = types.SimpleNamespace(end_sync=types.SimpleNamespace(remote=end_sync))
     weights = [("layer.weight", quantize(torch.randn(4, 64), QuantRecipe())), ("norm.weight", torch.ones(8))]

@@ -85,7 +85,8 @@ class MXFP4FSDPEngine(FSDPEngineWithLMHead):
     def _sharded_pairs(self):
         """verl's export of FSDP2 parameters up to the point where it gathers them, with fused experts as they are.
 
-        verl takes experts apart for vLLM; with these layers they go to a rollout whose model has them fused.
+        verl takes experts apart for vLLM. Here they stay whole until they are quantised: transformers' rollout has them fused,
+        and on the way to vLLM `vllm_plugin.expert_names` takes them apart.
         """
         device = get_device_id()
         parameters = convert_weight_keys(self.module.state_dict(), self.module)

@@ -21,7 +21,8 @@ class MXFP4ServerAdapter(ServerAdapter):
         if wire_format != "named_tensors":
             raise ValueError(f"MXFP4 ships named tensors, not {wire_format!r}: set rollout.checkpoint_engine.backend=naive")
         began = time.perf_counter()
-        shipped = Shipment(getattr(torch, self.config.dtype))
+        family = getattr(self.model_config.hf_config, "model_type", "")
+        shipped = Shipment(getattr(torch, self.config.dtype), family)
         await super().update_weights(shipped.tensors(weights), global_steps=global_steps, wire_format=wire_format, **kwargs)
         if self._ensure_server_handle():
             seconds = time.perf_counter() - began

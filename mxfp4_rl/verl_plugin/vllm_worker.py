@@ -73,7 +73,7 @@ class MXFP4WorkerExtension(vLLMColocateWorkerExtension):
         """
         model = self.model_runner.model
         workers = self.model_runner.vllm_config.parallel_config.tensor_parallel_size
-        holders = [m for m in model.modules() if hasattr(m, "weight_packed")]
+        holders = [m for m in model.modules() if any(is_packed(n) for n, _ in m.named_parameters(recurse=False))]
         once = workers == 1 or all(
             getattr(m, "num_kv_head_replicas", 1) == 1 and getattr(m, "tp_size", 1) == workers for m in holders
         )

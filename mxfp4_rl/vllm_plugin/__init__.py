@@ -1,8 +1,8 @@
 """The plugin that vLLM loads by entry point (group `vllm.general_plugins`) in every one of its processes.
 
-It adds the quantisation method "mxfp4_rl": linear layers that hold packed MXFP4 weights and multiply them with the kernels of
-`mxfp4_kernels`. With it, `LLM(..., quantization="mxfp4_rl", hf_overrides={"quantization_config": ...})` works outside verl too
-(`quantization_config`). vLLM goes on after an exception raised here, so it is reported first.
+It adds the quantisation method "mxfp4_rl": linear layers and experts that hold packed MXFP4 weights and multiply them with the
+kernels of `mxfp4_kernels`. With it, `LLM(..., quantization="mxfp4_rl", hf_overrides={"quantization_config": ...})` works
+outside verl too (`quantization_config`). vLLM goes on after an exception raised here, so it is reported first.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ A weight "X.weight" of shape (N, K) in MXFP4 becomes, with B = ceil(K / 32) bloc
     X.weight_macro     float32 (N, ceil(K / macro_size))    factors of macro-block scaling, if the recipe has it
     X.residual_packed, X.residual_scale     the second pass of the outlier fallback, if it has one
 
+A layer of experts has all of them in tensors with another axis in front, and the prefix w13_ (gate and up) or w2_ (down).
 The first two are compressed-tensors' names for the same bytes. Rows are output features, so a layer's tensors are cut between
 GPUs along outputs anywhere, along inputs between blocks (and macro blocks).
 """
@@ -117,7 +118,7 @@ def weight_of(layer: torch.nn.Module, recipe: QuantRecipe, K: int) -> MXFP4Tenso
 
 def is_packed(name: str) -> bool:
     """Whether this is the name of a packed weight's stored tensor."""
-    return name.rsplit(".", 1)[-1] in NAMES.values()
+    return name.rsplit(".", 1)[-1].removeprefix("w13_").removeprefix("w2_") in NAMES.values()
 
 
 def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor | int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mxfp4_rl.nn import converted_layers
+from mxfp4_rl.nn.experts import quantize_experts
 from mxfp4_rl.quant import quantize
 from mxfp4_rl.recipe import ModelRecipe
 from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
@@ -43,7 +44,7 @@ def load(llm, trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> 
     """Ship the weights of a transformers model, converted or not, as verl's weight sync does; returns what was shipped."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    layers = {f"{name}.weight": layer for name, layer in converted_layers(trained).items()}
+    layers = {layer.weight_name: layer for layer in converted_layers(trained).values()}
 
     def exported():
         for name, weight in trained.state_dict().items():
@@ -51,9 +52,10 @@ def load(llm, trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> 
             if layer is None or layer.recipe.weight is None:
                 yield name, weight
             else:
-                yield name, quantize(weight.to(dtype), layer.recipe.weight)
+                quantized = quantize if weight.ndim == 2 else quantize_experts
+                yield name, quantized(weight.to(dtype), layer.recipe.weight, layer.axis)
 
-    shipment = Shipment(dtype)
+    shipment = Shipment(dtype, getattr(trained.config, "model_type", ""))
     held = model_of(llm)
     held.load_weights(shipment.tensors(exported()))
     process_weights_after_loading(held, llm.llm_engine.model_config, next(held.parameters()).device)

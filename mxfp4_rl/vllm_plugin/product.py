@@ -18,12 +18,12 @@ from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 
-_library = torch.library.Library("mxfp4_rl", "DEF")
-_library.define(
+library = torch.library.Library("mxfp4_rl", "DEF")
+library.define(
     "linear(Tensor x, Tensor codes, Tensor scales, Tensor? macro, Tensor? residual_codes, Tensor? residual_scales, "
     "Tensor? bias, int macro_size, float alpha, str activation) -> Tensor"
 )
-_library.define("quantized(Tensor x, str activation) -> Tensor")
+library.define("quantized(Tensor x, str activation) -> Tensor")
 
 
 def as_text(recipe: QuantRecipe | None) -> str:
@@ -32,7 +32,7 @@ def as_text(recipe: QuantRecipe | None) -> str:
 
 
 @functools.cache
-def _recipe(text: str) -> QuantRecipe | None:
+def recipe_from(text: str) -> QuantRecipe | None:
     return QuantRecipe.from_dict(json.loads(text)) if text else None
 
 
@@ -43,7 +43,7 @@ def _linear(x, codes, scales, macro, residual_codes, residual_scales, bias, macr
     residual = None if residual_codes is None else MXFP4Tensor(residual_codes, residual_scales, shape, 1)
     weight = MXFP4Tensor(codes, scales, shape, 1, macro=macro, macro_size=macro_size, residual=residual, alpha=alpha)
     tokens = x.reshape(-1, shape[1])
-    recipe = _recipe(activation)
+    recipe = recipe_from(activation)
     if recipe is not None:
         tokens = fake_quantize(tokens, recipe)
     if tokens.shape[0] <= MOST_ROWS:
@@ -58,11 +58,11 @@ def _linear_shape(x, codes, *_):
 
 
 def _quantized(x, activation):
-    return fake_quantize(x, _recipe(activation)).view(x.shape)
+    return fake_quantize(x, recipe_from(activation)).view(x.shape)
 
 
 for _key in ("CUDA", "CPU"):
-    _library.impl("linear", _linear, _key)
-    _library.impl("quantized", _quantized, _key)
-torch.library.register_fake("mxfp4_rl::linear", _linear_shape, lib=_library)
-torch.library.register_fake("mxfp4_rl::quantized", lambda x, activation: torch.empty_like(x), lib=_library)
+    library.impl("linear", _linear, _key)
+    library.impl("quantized", _quantized, _key)
+torch.library.register_fake("mxfp4_rl::linear", _linear_shape, lib=library)
+torch.library.register_fake("mxfp4_rl::quantized", lambda x, activation: torch.empty_like(x), lib=library)

@@ -4,6 +4,7 @@ The recipe comes in the model's `quantization_config` (`mxfp4_rl.vllm_plugin.qua
 the names of `layout`, through the model's own `load_weights`: vLLM's loaders cut and place them as they do any linear layer's,
 in place, as often as the trainer ships them. Layers that vLLM fuses (query, key and value; gate and up) must agree on their
 recipe. A weight recipe without a kernel for packed weights is kept as the dequantised weight in the model's dtype, by name.
+Layers of experts are in `experts`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import GroupQuantScaleParameter
 
 from mxfp4_rl.nn.convert import why_left_alone
+from mxfp4_rl.nn.experts import PROJECTIONS
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
 from mxfp4_rl.vllm_plugin import METHOD, product
+from mxfp4_rl.vllm_plugin.expert_names import transformers_name
+from mxfp4_rl.vllm_plugin.experts import MXFP4ExpertsMethod, check_layer
 from mxfp4_rl.vllm_plugin.layout import check_cut, fields, weight_of, why_not_packed
 
 
@@ -67,13 +71,14 @@ class MXFP4Config(QuantizationConfig):
         return cls(ModelRecipe.from_dict(config.get("recipe"), "quantization_config.recipe"))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """The method of one layer; None leaves what is no linear layer (embeddings, attention) to vLLM.
+        """The method of one layer; None leaves what is neither linear nor experts (embeddings, attention) to vLLM.
 
         Raises:
-            RecipeError: the layers that vLLM fuses into this one have different recipes, or it holds experts.
+            RecipeError: the layers that vLLM fuses into this one have different recipes, or its experts are of a kind that
+                our products do not compute.
         """
         if hasattr(layer, "moe_config"):
-            raise RecipeError(f"{prefix} holds experts in fused tensors, which MXFP4 does not reach yet; use a dense model")
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         recipe = self._recipe_of(prefix)
@@ -85,6 +90,16 @@ class MXFP4Config(QuantizationConfig):
         self.chosen[prefix] = method.path if why_not is None else f"{method.path} ({why_not})"
         return method
 
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> MXFP4ExpertsMethod | None:
+        recipes = {own: self._own(f"{transformers_name(prefix)}.{own}") for own in PROJECTIONS}
+        if not any(recipes.values()):
+            self.chosen[prefix] = "not quantised"
+            return None
+        check_layer(layer, prefix, recipes)
+        method = MXFP4ExpertsMethod(layer.moe_config, recipes, prefix)
+        self.chosen[prefix] = method.path
+        return method
+
     def describe(self) -> str:
         """How many layers each path serves, for the log."""
         return "; ".join(f"{count} layers: {path}" for path, count in Counter(self.chosen.values()).items())
@@ -92,16 +107,18 @@ class MXFP4Config(QuantizationConfig):
     def _recipe_of(self, prefix: str) -> ModelRecipe | None:
         stem, _, last = prefix.rpartition(".")
         parts = [f"{stem}.{part}" if stem else part for part in self.packed_modules_mapping.get(last, [last])]
-        recipes = []
-        for part in parts:
-            left_alone, overriding = why_left_alone(part, self.recipe)
-            recipes.append(None if left_alone else self.recipe.for_layer(overriding))
+        recipes = [self._own(part) for part in parts]
         if any(r != recipes[0] for r in recipes):
             raise RecipeError(
                 f"vLLM multiplies {' and '.join(parts)} as one layer, but overrides or exclude give them different recipes: "
                 "write the pattern so that it matches all of them or none"
             )
         return recipes[0]
+
+    def _own(self, name: str) -> ModelRecipe | None:
+        """The recipe of one of the trainer's layers, None if it is left alone."""
+        left_alone, overriding = why_left_alone(name, self.recipe)
+        return None if left_alone else self.recipe.for_layer(overriding)
 
 
 @register_weight_loader_v2_supported_method
