@@ -159,6 +159,8 @@ def test_experts_cut_between_ranks_are_shipped_as_they_are_multiplied(tmp_path):
     for layer in range(2):
         sums = pooled[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
         assert sums["tokens"].sum() == 3 * 24 * 2  # ranks, tokens, experts a token: none twice for the checkpointed forward
+        assert (sums["experts/weight"][:, 0] > 0).all()  # every expert's, whichever rank holds it
+        assert ((sums["experts/activation"][:, 0] > 0) == (sums["tokens"] > 0)).all()
         assert sums["weight"].elements == (sums["tokens"] > 0).sum() * 144 * 64
     metrics = error_metrics(pooled)
     assert metrics["mxfp4_layers/model.layers.0.mlp.experts.down_proj/tokens_mean"] == 36
