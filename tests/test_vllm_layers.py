@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, quantize
+from mxfp4_rl.nn import convert, converted_layers
 from mxfp4_rl.nn.experts import quantize_experts
 from mxfp4_rl.quant import fake_quantize
 from mxfp4_rl.recipe import RecipeError
 from mxfp4_rl.vllm_plugin import quantization_config
 from mxfp4_rl.vllm_plugin.layout import checksum, named_tensors
 from mxfp4_rl.vllm_plugin.shipment import Shipment
+from tests.test_experts import tiny
 from tests.test_packing import _free_port
 
 pytest.importorskip("vllm")
@@ -237,3 +239,57 @@ def _kinds_in_worker(rank, world, port):
 @pytest.mark.slow
 def test_what_a_layer_of_experts_holds_and_refuses():
     torch.multiprocessing.spawn(_kinds_in_worker, (1, _free_port()), nprocs=1)
+
+
+def _loaders_in_worker(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.models.mixtral import MixtralModel
+    from vllm.model_executor.models.olmoe import OlmoeModel
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, rank, "env://", rank, "gloo")
+        initialize_model_parallel(1)
+    recipe = ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs32+of"))
+    for family, model, block in (
+        ("Qwen3Moe", Qwen3MoeModel, "mlp"),
+        ("Mixtral", MixtralModel, "block_sparse_moe"),
+        ("Olmoe", OlmoeModel, "mlp"),
+    ):
+        trained = tiny(family, hidden_size=64, intermediate_size=64, moe_intermediate_size=64).bfloat16()
+        convert(trained, recipe)
+        layers = {n.removeprefix("model."): p for n, p in converted_layers(trained).items() if "experts" in n}
+        config, held = _config(recipe), torch.nn.Module()
+        with set_current_vllm_config(VllmConfig()):  # of the model only its experts, under its own names
+            held.layers = torch.nn.ModuleList()
+            for i in range(2):
+                experts = FusedMoE(
+                    num_experts=4, top_k=2, hidden_size=64, intermediate_size=64, params_dtype=torch.bfloat16,
+                    renormalize=True, quant_config=config, prefix=f"model.layers.{i}.{block}.experts",
+                )  # fmt: skip
+                held.layers.append(torch.nn.ModuleDict({block: torch.nn.ModuleDict({"experts": experts})}))
+        held.config, held.quant_config = trained.config, config
+        held.num_redundant_experts, held.start_layer, held.end_layer = 0, 0, 2
+        held.get_expert_mapping = lambda model=model, held=held: model.get_expert_mapping(held)
+        shipment = Shipment(torch.bfloat16, trained.config.model_type)
+        exported = ((name, quantize_experts(p.weight, p.recipe.weight)) for name, p in layers.items())
+        model.load_weights(held, shipment.tensors(exported))
+        for name, projection in layers.items():
+            stem, _, own = name.rpartition(".")
+            experts = held.get_submodule(stem.replace(".mlp.", f".{block}."))
+            held_weight = experts.quant_method.weight(experts, own).dequantize(torch.bfloat16)
+            assert torch.equal(held_weight, projection.weight_operand(torch.bfloat16))
+        assert int(checksum((n, p.data) for n, p in held.named_parameters())) == int(shipment.checksum)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_vllms_models_load_what_a_shipment_of_their_family_yields():
+    torch.multiprocessing.spawn(_loaders_in_worker, (_free_port(),), nprocs=1)
