@@ -39,6 +39,7 @@ def command(run_dir, dumps, *overrides):
         *("actor_rollout_ref.actor.ppo_mini_batch_size=8", f"{rollout}.n=8", f"{rollout}.gpu_memory_utilization=0.05"),
         # Two runs share the GPU: vLLM neither measures what is free nor gives its memory back.
         *(f"{rollout}.free_cache_engine=false", f"+{rollout}.engine_kwargs.vllm.kv_cache_memory_bytes=2000000000"),
+        *("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64", f"{rollout}.log_prob_micro_batch_size_per_gpu=64"),
         *("trainer.save_freq=1", *overrides),
     ]
 

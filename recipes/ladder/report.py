@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.recipe import QuantRecipe
 from recipes.ladder.options import Options, free_reply
-from recipes.ladder.rungs import GROUPS, RUNGS
+from recipes.ladder.rungs import GROUPS, RUNGS, chosen
 
 BASELINE = "bf16"
 RESAMPLES = 10_000
@@ -271,7 +271,6 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
 
     Args:
         rungs, seeds: what should be there beside the runs that are; the ladder by default.
-
         preface: Markdown that the page begins with, in place of the title.
 
     Raises:
@@ -281,7 +280,7 @@ def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: i
 
     by_rung = load_runs(out)
     everything = [run for runs in by_rung.values() for run in runs]
-    rungs = [*dict.fromkeys([r.name for r in GROUPS["ladder"]] + (rungs or []) + list(by_rung))]
+    rungs = [*dict.fromkeys((rungs or [r.name for r in GROUPS["ladder"]]) + list(by_rung))]
     baseline = by_rung.get(BASELINE, [])
     options = everything[0].config["options"]
     missing = missing_runs(by_rung, rungs, seeds)
@@ -374,9 +373,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="the runner's --out")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--seeds", type=int, default=0, help="seeds that each rung should have; default: those it has")
+    parser.add_argument("--rungs", nargs="+", help="what should be there, names or groups; default: the ladder")
     parser.add_argument("--preface", type=Path, help="Markdown that the page begins with")
     a = parser.parse_args()
-    print(write_report(a.runs, a.out, seeds=a.seeds, preface=a.preface))
+    rungs = [rung.name for rung in chosen(a.rungs)] if a.rungs else None
+    print(write_report(a.runs, a.out, rungs, a.seeds, a.preface))
 
 
 if __name__ == "__main__":
