@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, RecipeError, convert
 from mxfp4_rl.monitor.components import collect_errors, error_metrics, pool, start_measuring
-from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear, converted_layers, fused_experts, plan, release_operands, unconvert
+from mxfp4_rl.nn import MXFP4Experts, MXFP4Linear, converted_layers, plan, release_operands, unconvert
 from mxfp4_rl.nn.experts import PROJECTIONS, quantize_experts
 from mxfp4_rl.nn.products import WeightPerExpert
 from mxfp4_rl.noise import noise_targets
@@ -246,7 +246,7 @@ def test_a_whole_model_forward_and_backward_and_back_again(family):
     before = model(ids).logits
     report = convert(model, PLAIN)
     fused = [f"model.layers.{i}.mlp.experts.{own}" for i in range(2) for own in PROJECTIONS]
-    assert list(report.experts) == fused == fused_experts(model) and set(report.experts.values()) == {4}
+    assert list(report.experts) == fused and set(report.experts.values()) == {4}
     assert set(fused) < set(report.converted) == set(converted_layers(model)) and len(report.converted) == 12
     assert report.sizes[fused[0]] == 4 * 80 * 64 and report.elements == sum(report.sizes.values())
     assert "4 fused tensors of experts quantised" in report.describe() and "2 down_proj of 4 experts" in report.describe()
@@ -549,19 +549,44 @@ def test_a_rollout_without_weights_says_so(tiny_checkpoint):
         layer.weight_operand(torch.bfloat16)
 
 
-@pytest.mark.parametrize("name, problem", [("mxfp4_hf", None), ("vllm", "MXFP4 in vLLM does not reach yet")])
-def test_only_the_rollout_of_transformers_is_let_through(tiny_checkpoint, name, problem):
+@pytest.mark.parametrize("rollout", ["mxfp4_hf", "vllm"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_both_rollouts_are_let_through_where_vllm_loads_single_experts(architecture, rollout, tmp_path):
+    from omegaconf import OmegaConf
+    from transformers import GptOssConfig
+
+    from mxfp4_rl.launch import LaunchError
+    from mxfp4_rl.launch.inputs import check_quantisable
+
+    if architecture == "gpt_oss":
+        path = tmp_path / "model"
+        GptOssConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, num_local_experts=4, vocab_size=64,
+        ).save_pretrained(path)  # fmt: skip
+    else:
+        path = make_tiny_model(tmp_path / "model", architecture=architecture, intermediate=72)
+    chosen = {"name": rollout, "tensor_model_parallel_size": 1}
+    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(path)}, "rollout": chosen}})
+    everything = Settings.from_config({"enable": True})
+    if architecture == "gpt_oss" and rollout == "vllm":
+        with pytest.raises(LaunchError, match="vLLM loads the experts of gpt_oss only in fused tensors"):
+            check_quantisable(config, everything)
+        everything = Settings.from_config({"enable": True, "recipe": {"exclude": ["re:experts"]}})
+        assert "experts" not in check_quantisable(config, everything)
+        return
+    assert "4 fused tensors of experts" in check_quantisable(config, everything)
+
+
+def test_tensor_parallel_experts_are_cut_between_blocks(tmp_path):
     from omegaconf import OmegaConf
 
     from mxfp4_rl.launch import LaunchError
     from mxfp4_rl.launch.inputs import check_quantisable
 
-    rollout = {"name": name, "tensor_model_parallel_size": 1}
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tiny_checkpoint)}, "rollout": rollout}})
-    chosen = Settings.from_config({"enable": True})
-    if problem is None:
-        assert "4 fused tensors of experts" in check_quantisable(config, chosen)
-        return
-    for recipe in (chosen, Settings.from_config({"enable": True, "recipe": {"exclude": ["re:experts"]}})):
-        with pytest.raises(LaunchError, match=problem):
-            check_quantisable(config, recipe)
+    path = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
+    chosen = {"name": "vllm", "tensor_model_parallel_size": 2}
+    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(path)}, "rollout": chosen}})
+    only_experts = {"exclude": ["re:self_attn"], "macro_block": None}
+    with pytest.raises(LaunchError, match=r"experts\.down_proj has 72 inputs"):
+        check_quantisable(config, Settings.from_config({"enable": True, "recipe": only_experts}))

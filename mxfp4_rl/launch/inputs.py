@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 
 from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.recipe import RecipeError
-from mxfp4_rl.settings import VLLM_ROLLOUT, Settings
+from mxfp4_rl.settings import HF_ROLLOUT, VLLM_ROLLOUT, Settings
 
 MODEL_KEY = "actor_rollout_ref.model.path"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -88,7 +88,8 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mxfp4_rl.nn import fused_experts, plan
+    from mxfp4_rl.nn import plan
+    from mxfp4_rl.vllm_plugin.expert_names import FUSED_IN_VLLM
 
     path = config.actor_rollout_ref.model.path
     if path.startswith("hdfs://"):
@@ -110,24 +111,30 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
             settings.kv_cache.check_model(model_config)
     except RecipeError as error:
         raise LaunchError(f"mxfp4.kv_cache does not fit {path}: {error}") from error
-    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT and (experts := fused_experts(model)):
-        raise LaunchError(
-            f"{path} keeps its experts in fused tensors ({experts[0]}), which MXFP4 in vLLM does not reach yet: use "
-            "actor_rollout_ref.rollout.name=mxfp4_hf, or a dense model"
-        )
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
+        if report.experts and model_config.model_type in FUSED_IN_VLLM:
+            raise LaunchError(
+                f"{path}: vLLM loads the experts of {model_config.model_type} only in fused tensors, which our layers do "
+                "not hold: leave them unquantised (mxfp4.recipe.exclude=['re:experts']), or use "
+                f"actor_rollout_ref.rollout.name={HF_ROLLOUT}"
+            )
         _check_tensor_parallel(config.actor_rollout_ref.rollout.tensor_model_parallel_size, model, report.converted)
     return report.describe().splitlines()[0]
 
 
 def _check_tensor_parallel(workers: int, model, converted) -> None:
     """Raise LaunchError where vLLM would cut a layer's inputs inside a block. (It is asked again as it builds its layers.)"""
+    import torch
+
     from mxfp4_rl.vllm_plugin.layout import check_cut
 
     for name, recipe in converted.items():
         if name.rsplit(".", 1)[-1] in ("o_proj", "down_proj"):  # those that the likes of Llama, Qwen and Mistral cut so
+            owner, _, own = name.rpartition(".")
+            layer = getattr(model.get_submodule(owner), own)  # a Linear layer, or the fused weights (E, out, in) of experts
+            inputs = layer.in_features if isinstance(layer, torch.nn.Module) else layer.shape[-1]
             try:
-                check_cut(recipe, model.get_submodule(name).in_features, workers, name)
+                check_cut(recipe, inputs, workers, name)
             except ValueError as error:
                 raise LaunchError(f"actor_rollout_ref.rollout.tensor_model_parallel_size={workers}: {error}") from error
 

@@ -236,10 +236,5 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the model's fused tensors of experts, quantised or not."""
-    return [own_name for name, module in _experts(model) for own_name in _parameter_names(name, module)]
-
-
 def _parameter_names(name: str, module: nn.Module) -> list[str]:
     return [f"{name}.{own}" if name else own for own in fused_parameters(module)]
