@@ -280,7 +280,7 @@ def _kernel_paths() -> Iterator[Check]:
 def _vllm() -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
-    from mxfp4_rl.vllm_plugin import SUPPORTED
+    from mxfp4_rl.vllm_plugin import SUPPORTED, lacks
 
     fix, on_gpu = f"pip install 'vllm{SUPPORTED}'", _device().type == "cuda"
     try:
@@ -291,6 +291,9 @@ def _vllm() -> Iterator[Check]:
         return
     fits = SpecifierSet(SUPPORTED).contains(found, prereleases=True)
     yield Check("vllm", OK if fits else WARNING, f"{found} (wanted: {SUPPORTED})", None if fits else fix)
+    if missing := lacks():
+        text = f"{missing[0]} is missing: vLLM imports it for any quantised model"
+        yield Check("vllm needs", MISSING, text, f"pip install '{missing[0]}'")
 
 
 def _flash_attention() -> Iterator[Check]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import pytest
 import torch
 
+from mxfp4_rl import vllm_plugin
 from mxfp4_rl.launch import LaunchError, support
 from mxfp4_rl.launch.compose import compose_config
 from mxfp4_rl.launch.preflight import check_batches
@@ -74,6 +75,16 @@ def test_vllm_must_be_there_and_of_a_version_that_the_plugin_fits(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(LaunchError, match=r"vLLM is not installed: pip install"):
         check()
+
+
+def test_what_vllm_imports_for_any_quantised_model_must_be_there(monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: ["torch==2.11.0", "humming-kernels[cu13]==0.1.2; x == 'y'"]
+    )
+    with pytest.raises(LaunchError, match=r"vLLM 0\.22\.0 lacks .*pip install 'humming-kernels\[cu13\]==0\.1\.2'"):
+        check()
+    monkeypatch.setattr(vllm_plugin, "_ALWAYS_IMPORTED", {"humming-kernels": "json"})  # a module that is there
+    check()
 
 
 def test_the_gpu_must_run_the_kernels(monkeypatch):

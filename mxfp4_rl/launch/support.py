@@ -146,7 +146,7 @@ def check_vllm(config: DictConfig, off: str) -> None:
         raise LaunchError(
             f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend} cannot ship packed weights: use naive"
         )
-    from mxfp4_rl.vllm_plugin import SUPPORTED
+    from mxfp4_rl.vllm_plugin import SUPPORTED, lacks
 
     try:
         found = importlib.metadata.version("vllm")
@@ -160,6 +160,8 @@ def check_vllm(config: DictConfig, off: str) -> None:
             f"vLLM {found} is outside what the plugin was made for ({SUPPORTED}): pip install 'vllm{SUPPORTED}', or use "
             f"rollout.name={HF_ROLLOUT}"
         )
+    if missing := lacks():
+        raise LaunchError(f"vLLM {found} lacks what it imports for a quantised model: pip install '{missing[0]}', or {off}")
     _check_capability(off)
 
 

@@ -7,6 +7,8 @@ outside verl too (`quantization_config`). vLLM goes on after an exception raised
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import sys
 from typing import Any
@@ -15,6 +17,21 @@ from mxfp4_rl.recipe import ModelRecipe
 
 METHOD = "mxfp4_rl"
 SUPPORTED = ">=0.22,<0.25"  # versions of vLLM: 0.22.0 was run, 0.24.0 was read
+
+_ALWAYS_IMPORTED = {"humming-kernels": "humming"}  # by vLLM 0.22 for any quantised model: package -> module
+
+
+def lacks() -> list[str]:
+    """Requirements of the installed vLLM that it imports for any quantised model, and that are not there.
+
+    An installation without dependencies would otherwise fail minutes later, with the trainer's model loaded.
+    """
+    try:
+        asked = importlib.metadata.requires("vllm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = {name: [r.split(";")[0].strip() for r in asked if r.startswith(name)] for name in _ALWAYS_IMPORTED}
+    return [r for name, own in found.items() for r in own if importlib.util.find_spec(_ALWAYS_IMPORTED[name]) is None]
 
 
 def register() -> None:
