@@ -41,7 +41,8 @@ def _weights():
 
 
 def _in_worker(rank, world, port, words):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The last one is what vLLM's workers on CPUs set before they meet.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), VLLM_DIST_IDENT=str(port))
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
@@ -140,7 +141,8 @@ def _expert_model(config, inner=INNER):
 
 
 def _experts_in_worker(rank, world, port, words):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The last one is what vLLM's workers on CPUs set before they meet.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), VLLM_DIST_IDENT=str(port))
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
@@ -208,7 +210,8 @@ def test_a_layer_of_experts_holds_and_multiplies_its_part_of_what_was_shipped(wo
 
 
 def _kinds_in_worker(rank, world, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The last one is what vLLM's workers on CPUs set before they meet.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), VLLM_DIST_IDENT=str(port))
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
@@ -242,7 +245,8 @@ def test_what_a_layer_of_experts_holds_and_refuses():
 
 
 def _loaders_in_worker(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The last one is what vLLM's workers on CPUs set before they meet.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), VLLM_DIST_IDENT=str(port))
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 

@@ -112,14 +112,12 @@ def has_flash_attention() -> bool:
 
 
 def check_vllm(config: DictConfig, off: str) -> None:
-    """What the vLLM rollout needs: a GPU that the kernels run on, and a vLLM that the plugin fits.
+    """What the vLLM rollout needs: a vLLM that the plugin fits, for the device, and a GPU that the kernels run on.
 
     Raises:
         LaunchError: either is missing, or another quantisation is asked for too.
     """
     rollout = config.actor_rollout_ref.rollout
-    if config.trainer.device == "cpu":
-        raise LaunchError(f"actor_rollout_ref.rollout.name=vllm needs a GPU: use rollout.name={HF_ROLLOUT} on a CPU")
     if rollout.get("quantization"):
         raise LaunchError(
             f"actor_rollout_ref.rollout.quantization={rollout.quantization} and mxfp4.enable=true are two quantisations of the "
@@ -146,7 +144,7 @@ def check_vllm(config: DictConfig, off: str) -> None:
         raise LaunchError(
             f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend} cannot ship packed weights: use naive"
         )
-    from mxfp4_rl.vllm_plugin import SUPPORTED, lacks
+    from mxfp4_rl.vllm_plugin import SUPPORTED, is_for_cpus, lacks
 
     try:
         found = importlib.metadata.version("vllm")
@@ -159,6 +157,12 @@ def check_vllm(config: DictConfig, off: str) -> None:
         raise LaunchError(
             f"vLLM {found} is outside what the plugin was made for ({SUPPORTED}): pip install 'vllm{SUPPORTED}', or use "
             f"rollout.name={HF_ROLLOUT}"
+        )
+    if (config.trainer.device == "cpu") != is_for_cpus(found):
+        raise LaunchError(
+            f"trainer.device={config.trainer.device} with rollout.name=vllm, but vLLM {found} is "
+            f"{'the build for CPUs' if is_for_cpus(found) else 'a build for GPUs; the one for CPUs has a version X.Y.Z+cpu'}: "
+            f"install the other one, or use rollout.name={HF_ROLLOUT}"
         )
     if missing := lacks():
         raise LaunchError(f"vLLM {found} lacks what it imports for a quantised model: pip install '{missing[0]}', or {off}")

@@ -74,10 +74,14 @@ class MXFP4WorkerExtension(vLLMColocateWorkerExtension):
         model = self.model_runner.model
         workers = self.model_runner.vllm_config.parallel_config.tensor_parallel_size
         holders = [m for m in model.modules() if any(is_packed(n) for n, _ in m.named_parameters(recurse=False))]
-        once = workers == 1 or all(
-            getattr(m, "num_kv_head_replicas", 1) == 1 and getattr(m, "tp_size", 1) == workers for m in holders
-        )
+        once = workers == 1 or all(getattr(m, "num_kv_head_replicas", 1) == 1 and _parts(m) == workers for m in holders)
         return int(checksum((name, p.data) for name, p in model.named_parameters())), once
+
+
+def _parts(layer: torch.nn.Module) -> int:
+    """How many workers share the layer's weights out between them."""
+    config = getattr(layer, "moe_config", None)
+    return getattr(layer, "tp_size", 1) if config is None else config.moe_parallel_config.tp_size
 
 
 def layer_names(model: torch.nn.Module) -> set[str]:

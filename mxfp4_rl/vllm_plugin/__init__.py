@@ -34,10 +34,22 @@ def lacks() -> list[str]:
     return [r for name, own in found.items() for r in own if importlib.util.find_spec(_ALWAYS_IMPORTED[name]) is None]
 
 
+def is_for_cpus(version: str) -> bool:
+    """Whether vLLM of this version is the build that runs on CPUs (and on nothing else)."""
+    return version.endswith("+cpu")
+
+
 def register() -> None:
     """Register the method with the vLLM of this process; vLLM may call this several times."""
     try:
+        from vllm.platforms import current_platform
+
         from mxfp4_rl.vllm_plugin import quantization  # noqa: F401  (registers itself)
+
+        if current_platform.is_cpu():
+            from mxfp4_rl.vllm_plugin.on_cpu import keep_weights
+
+            keep_weights()
     except Exception as error:
         print(f"[mxfp4] the vLLM plugin failed to load: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise

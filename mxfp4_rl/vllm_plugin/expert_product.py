@@ -20,7 +20,7 @@ from mxfp4_rl.nn.products import WeightPerExpert
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import QuantRecipe
 from mxfp4_rl.vllm_plugin.layout import fields
-from mxfp4_rl.vllm_plugin.product import as_text, library, recipe_from
+from mxfp4_rl.vllm_plugin.product import as_text, kernels_run_on, library, recipe_from
 
 library.define(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, str[] recipes, str gate) -> Tensor"
@@ -62,23 +62,12 @@ def _product(x: torch.Tensor, held: Sequence[torch.Tensor], recipe: QuantRecipe 
     if recipe is None:
         return products.forward(x, held[0])
     weight = weights_of(held, recipe, x.shape[1])
-    if _decodes(x):
+    if kernels_run_on(x):
         from mxfp4_kernels.matmul.grouped_decode import MOST_TOKENS, grouped_decode_product
 
         if x.shape[0] <= MOST_TOKENS * weight.shape[0]:
             return grouped_decode_product(x, weight, products.offsets, x.dtype)
     return products.forward(x, weight.dequantize(x.dtype))
-
-
-def _decodes(x: torch.Tensor) -> bool:
-    """On a GPU; on a CPU only where Triton's interpreter runs the kernels."""
-    if x.is_cuda:
-        return True
-    try:
-        from mxfp4_kernels.device import INTERPRETED
-    except ImportError:  # without Triton
-        return False
-    return bool(INTERPRETED.value)
 
 
 def _experts(x, ids, weights, gate_up, down, recipes, gate):

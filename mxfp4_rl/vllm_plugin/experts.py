@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from mxfp4_rl.nn.operand import looks_at_other_rows
 from mxfp4_rl.quant.tensor import MXFP4Tensor
@@ -21,6 +22,10 @@ from mxfp4_rl.vllm_plugin.expert_product import GATES, recipe_texts, weights_of
 from mxfp4_rl.vllm_plugin.layout import check_cut, fields, why_not_packed
 
 PREFIXES = {"gate_up_proj": "w13_", "down_proj": "w2_"}
+_ROUTING = (  # what a layer says about it, as vLLM's `select_experts` asks
+    "top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group", "custom_routing_function", "scoring_func",
+    "routed_scaling_factor", "e_score_correction_bias",
+)  # fmt: skip
 _MULTIPLE = 16  # of an expert's widths, for the grouped kernels
 
 
@@ -83,10 +88,13 @@ class MXFP4ExpertsMethod(FusedMoEMethodBase):
         if len(kept) == len(self.recipes):
             return f"experts' dequantised weights, grouped kernels ({'; '.join(kept)})"
         path = "packed weights of experts by the grouped decode kernel (for many tokens: dequantised for the call)"
+        if current_platform.is_cpu():
+            path = "packed weights of experts, dequantised for each call (a CPU)"
         return f"{path}; dequantised: {'; '.join(kept)}" if kept else path
 
     def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **attributes):
-        inner, parts = intermediate_size_per_partition, layer.tp_size
+        # By way of the configuration: vLLM 0.24's layer has no tp_size of its own.
+        inner, parts = intermediate_size_per_partition, layer.moe_config.moe_parallel_config.tp_size
         if self.recipes["down_proj"] is not None:
             check_cut(self.recipes["down_proj"], inner * parts, parts, f"{self.prefix}.down_proj")
         shapes = {"gate_up_proj": (2 * inner, hidden_size), "down_proj": (hidden_size, inner)}
@@ -110,6 +118,18 @@ class MXFP4ExpertsMethod(FusedMoEMethodBase):
     def maybe_make_prepare_finalize(self, routing_tables=None):
         """None: experts are not dealt out, so tokens stay where they are."""
         return None
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether the method routes, too: on a CPU, where vLLM's router has no kernel."""
+        return current_platform.is_cpu()
+
+    def apply_monolithic(self, layer, x: torch.Tensor, router_logits: torch.Tensor, *_, **__) -> torch.Tensor:
+        from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
+
+        told = {name: getattr(layer, name) for name in _ROUTING}
+        weights, ids = select_experts(hidden_states=x, router_logits=router_logits, **told)
+        return self.apply(layer, x, weights, ids)
 
     def apply(self, layer, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__) -> torch.Tensor:
         gate_up, down = ([getattr(layer, name) for name in names] for names in self._held.values())

@@ -6,6 +6,7 @@ Under verl the same layers get the same tensors from `mxfp4_rl.verl_plugin.vllm_
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from mxfp4_rl.nn import converted_layers
 from mxfp4_rl.nn.experts import quantize_experts
 from mxfp4_rl.quant import quantize
+from mxfp4_rl.quant.tensor import QuantizedTensor
 from mxfp4_rl.recipe import ModelRecipe
 from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
 from mxfp4_rl.vllm_plugin.shipment import Shipment
@@ -39,24 +41,27 @@ def model_of(llm) -> torch.nn.Module:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
 
 
+def exported(
+    trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """(name, weight) of a transformers model, converted or not, as the actor exports them: quantised where the recipe says so."""
+    layers = {layer.weight_name: layer for layer in converted_layers(trained).values()}
+    for name, weight in trained.state_dict().items():
+        layer = layers.get(name)
+        if layer is None or layer.recipe.weight is None:
+            yield name, weight
+        else:
+            quantized = quantize if weight.ndim == 2 else quantize_experts
+            yield name, quantized(weight.to(dtype), layer.recipe.weight, layer.axis)
+
+
 @torch.no_grad()
 def load(llm, trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Shipment:
-    """Ship the weights of a transformers model, converted or not, as verl's weight sync does; returns what was shipped."""
+    """Ship the weights of a transformers model to an engine in this process, as verl's weight sync does; returns the shipment."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
-    layers = {layer.weight_name: layer for layer in converted_layers(trained).values()}
-
-    def exported():
-        for name, weight in trained.state_dict().items():
-            layer = layers.get(name)
-            if layer is None or layer.recipe.weight is None:
-                yield name, weight
-            else:
-                quantized = quantize if weight.ndim == 2 else quantize_experts
-                yield name, quantized(weight.to(dtype), layer.recipe.weight, layer.axis)
 
     shipment = Shipment(dtype, getattr(trained.config, "model_type", ""))
     held = model_of(llm)
-    held.load_weights(shipment.tensors(exported()))
+    held.load_weights(shipment.tensors(exported(trained, dtype)))
     process_weights_after_loading(held, llm.llm_engine.model_config, next(held.parameters()).device)
     return shipment

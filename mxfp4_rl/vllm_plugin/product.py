@@ -1,7 +1,7 @@
 """The product of a vLLM layer as one operator, which torch.compile and CUDA graphs see as a whole.
 
-Few tokens, as in decoding, are multiplied by the packed codes (`mxfp4_kernels.matmul.decode`); for more, as in a prefill, the
-weight is dequantised for the call and cuBLAS multiplies. Activations are quantised first where the recipe says so, by the
+Few tokens, as in decoding, are multiplied by the packed codes (`mxfp4_kernels.matmul.decode`); for more, as in a prefill, and
+on a CPU, the weight is dequantised for the call and cuBLAS (oneDNN) multiplies. Activations are quantised first where the recipe says so, by the
 trainer's own kernel: on equal inputs the operands are equal bit for bit.
 
 The operator gets tensors and numbers, no layer: what vLLM compiled for one layer then serves all of its kind.
@@ -36,9 +36,18 @@ def recipe_from(text: str) -> QuantRecipe | None:
     return QuantRecipe.from_dict(json.loads(text)) if text else None
 
 
-def _linear(x, codes, scales, macro, residual_codes, residual_scales, bias, macro_size, alpha, activation):
-    from mxfp4_kernels.matmul.decode import MOST_ROWS, decode_product
+def kernels_run_on(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels do: on a GPU; on a CPU only where its interpreter runs them."""
+    if x.is_cuda:
+        return True
+    try:
+        from mxfp4_kernels.device import INTERPRETED
+    except ImportError:  # without Triton
+        return False
+    return bool(INTERPRETED.value)
 
+
+def _linear(x, codes, scales, macro, residual_codes, residual_scales, bias, macro_size, alpha, activation):
     shape = torch.Size((codes.shape[0], x.shape[-1]))
     residual = None if residual_codes is None else MXFP4Tensor(residual_codes, residual_scales, shape, 1)
     weight = MXFP4Tensor(codes, scales, shape, 1, macro=macro, macro_size=macro_size, residual=residual, alpha=alpha)
@@ -46,11 +55,16 @@ def _linear(x, codes, scales, macro, residual_codes, residual_scales, bias, macr
     recipe = recipe_from(activation)
     if recipe is not None:
         tokens = fake_quantize(tokens, recipe)
-    if tokens.shape[0] <= MOST_ROWS:
-        y = decode_product(tokens, weight, bias, out_dtype=x.dtype)
-    else:
-        y = torch.nn.functional.linear(tokens, weight.dequantize(x.dtype), bias)
-    return y.view(*x.shape[:-1], shape[0])
+    return _product(tokens, weight, bias).view(*x.shape[:-1], shape[0])
+
+
+def _product(tokens: torch.Tensor, weight: MXFP4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if kernels_run_on(tokens):
+        from mxfp4_kernels.matmul.decode import MOST_ROWS, decode_product
+
+        if tokens.shape[0] <= MOST_ROWS:
+            return decode_product(tokens, weight, bias, out_dtype=tokens.dtype)
+    return torch.nn.functional.linear(tokens, weight.dequantize(tokens.dtype), bias)
 
 
 def _linear_shape(x, codes, *_):

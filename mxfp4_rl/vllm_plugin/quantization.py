@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.parameter import GroupQuantScaleParameter
+from vllm.platforms import current_platform
 
 from mxfp4_rl.nn.convert import why_left_alone
 from mxfp4_rl.nn.experts import PROJECTIONS
@@ -125,7 +126,11 @@ class MXFP4Config(QuantizationConfig):
 class MXFP4LinearMethod(LinearMethodBase):
     """Packed weights of a linear layer and their product; `recipe` is the layer's own."""
 
-    path = "packed weights by the decode kernel (for many tokens: dequantised for the call, cuBLAS)"
+    path = (
+        "packed weights, dequantised for each call (a CPU)"
+        if current_platform.is_cpu()
+        else "packed weights by the decode kernel (for many tokens: dequantised for the call, cuBLAS)"
+    )
 
     def __init__(self, recipe: ModelRecipe):
         self.recipe = recipe
@@ -160,7 +165,7 @@ class MXFP4LinearMethod(LinearMethodBase):
 class DequantizedLinearMethod(UnquantizedLinearMethod):
     """Weights in the model's dtype, dequantised by the trainer or never quantised; quantised activations."""
 
-    path = "dequantised weights, cuBLAS"
+    path = "dequantised weights, vLLM's own product"
 
     def __init__(self, recipe: ModelRecipe):
         super().__init__()

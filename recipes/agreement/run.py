@@ -39,8 +39,8 @@ def log_probs(model, prompts: list[list[int]], responses: list[list[int]], batch
     for i in range(0, len(prompts), batch):
         rows = [p + r for p, r in zip(prompts[i : i + batch], responses[i : i + batch])]
         width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device="cuda")
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device="cuda")
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
         every = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
         for j, row in enumerate(rows):
             n = len(responses[i + j])
