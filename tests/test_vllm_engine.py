@@ -5,7 +5,7 @@ memory and our worker's extension. Needs vLLM's build for CPUs (`make test-vllm`
 """
 
 import asyncio
-import os
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,10 +18,7 @@ from mxfp4_rl.vllm_plugin import offline
 from recipes.agreement.run import k3, log_probs
 
 vllm = pytest.importorskip("vllm")
-
-from vllm.platforms import current_platform
-
-if not current_platform.is_cpu():
+if not pytest.importorskip("vllm.platforms").current_platform.is_cpu():
     pytest.skip("needs vLLM's build for CPUs", allow_module_level=True)
 
 JOB = "mxfp4test"
@@ -57,7 +54,7 @@ def trainer(family: str, recipe: ModelRecipe, seed: int):
 def start(folder, family: str, recipe: ModelRecipe, workers: int):
     FAMILIES[family].save_pretrained(folder)
     config = folder / "config.json"
-    config.write_text(config.read_text().replace("{", '{\n  "architectures": ["%s"],' % _architecture(family), 1))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": [_architecture(family)]}))
     extension = "mxfp4_rl.verl_plugin.vllm_worker.MXFP4WorkerExtension"
     return offline.start(
         str(folder), recipe, skip_tokenizer_init=True, max_model_len=128, max_num_seqs=16, seed=1, enforce_eager=True,

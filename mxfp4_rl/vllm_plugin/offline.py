@@ -44,7 +44,7 @@ def model_of(llm) -> torch.nn.Module:
 def exported(
     trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """(name, weight) of a transformers model, converted or not, as the actor exports them: quantised where the recipe says so."""
+    """(name, weight) of a transformers model, converted or not, as an actor exports them: quantised where its recipe says."""
     layers = {layer.weight_name: layer for layer in converted_layers(trained).values()}
     for name, weight in trained.state_dict().items():
         layer = layers.get(name)
@@ -57,7 +57,7 @@ def exported(
 
 @torch.no_grad()
 def load(llm, trained: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Shipment:
-    """Ship the weights of a transformers model to an engine in this process, as verl's weight sync does; returns the shipment."""
+    """Ship the weights of a transformers model to an engine of this process, as verl's sync does; returns what was shipped."""
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     shipment = Shipment(dtype, getattr(trained.config, "model_type", ""))

@@ -1,8 +1,8 @@
 """The product of a vLLM layer as one operator, which torch.compile and CUDA graphs see as a whole.
 
 Few tokens, as in decoding, are multiplied by the packed codes (`mxfp4_kernels.matmul.decode`); for more, as in a prefill, and
-on a CPU, the weight is dequantised for the call and cuBLAS (oneDNN) multiplies. Activations are quantised first where the recipe says so, by the
-trainer's own kernel: on equal inputs the operands are equal bit for bit.
+on a CPU, the weight is dequantised for the call and multiplied by PyTorch. Activations are quantised first where the recipe
+says so, by the trainer's own kernel: on equal inputs the operands are equal bit for bit.
 
 The operator gets tensors and numbers, no layer: what vLLM compiled for one layer then serves all of its kind.
 """

@@ -1,0 +1,44 @@
+"""verl's GRPO loop with rollouts by vLLM, on a CPU: its server and workers, weight syncs, noise and validation, two steps.
+
+Needs vLLM's build for CPUs (`make test-vllm`), skipped without it.
+"""
+
+import subprocess
+
+import pytest
+
+from mxfp4_rl.monitor.run_log import RunLog
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
+from tests.test_verl_run import command, environment, ray_processes
+
+if not pytest.importorskip("vllm.platforms").current_platform.is_cpu():
+    pytest.skip("needs vLLM's build for CPUs", allow_module_level=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "path"),
+    [
+        ("qwen3", ["mxfp4.aqn.enable=true", "mxfp4.aqn.stages=2"], "8 layers: packed weights, dequantised"),
+        ("qwen3_moe", [], "2 layers: packed weights of experts"),
+        ("qwen3", ["mxfp4.enable=false"], None),
+    ],
+)
+def test_two_steps_with_rollouts_by_vllm(tmp_path, architecture, more, path):
+    model = make_tiny_model(tmp_path / "tiny", hidden=128, intermediate=128, architecture=architecture)
+    run_dir, before = tmp_path / "run", ray_processes()
+    own = ["trainer.total_training_steps=2", "trainer.test_freq=2", "actor_rollout_ref.rollout.max_model_len=256", *more]
+    asked = command(model, run_dir, "--config-name", "quickstart_vllm", *own)
+    result = subprocess.run(asked, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    log = (run_dir / "verl.log").read_text() if (run_dir / "verl.log").exists() else ""
+    assert result.returncode == 0, result.stdout + result.stderr + log[-6000:]
+    assert not (left := ray_processes() - before), left
+
+    run = RunLog.load(run_dir)
+    _, k3 = run.series("rollout_corr/k3_kl")
+    assert len(k3) == 2 and all(0 <= value < 0.02 for value in k3)
+    assert run.series("val-core/arithmetic/acc/mean@1")[0][-1] == 2
+    if path is None:
+        return
+    assert path in log and "quantised weights take" in log
+    _, bytes_shipped = run.series("mxfp4_sync/bytes")
+    assert len(set(bytes_shipped)) == 1 and bytes_shipped[0] > 0
