@@ -292,8 +292,8 @@ def _vllm() -> Iterator[Check]:
     fits = SpecifierSet(SUPPORTED).contains(found, prereleases=True)
     yield Check("vllm", OK if fits else WARNING, f"{found} (wanted: {SUPPORTED})", None if fits else fix)
     if missing := lacks():
-        text = f"{missing[0]} is missing: vLLM imports it for any quantised model"
-        yield Check("vllm needs", MISSING, text, f"pip install '{missing[0]}'")
+        text = f"{missing[0]} is missing: vLLM imports it for any quantised model, so rollouts are rollout.name=mxfp4_hf"
+        yield Check("vllm needs", WARNING, text, f"pip install '{missing[0]}'")
 
 
 def _flash_attention() -> Iterator[Check]:

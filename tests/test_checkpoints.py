@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mxfp4_rl import checkpoints
+from mxfp4_rl.files import cut_at_step, lines_from_end
 from mxfp4_rl.launch.progress import Tail
 from mxfp4_rl.monitor.alerts import Alerts
 from mxfp4_rl.settings import GuardSettings, Settings
@@ -132,6 +133,23 @@ def test_lines_past_the_checkpoint_are_dropped_and_shown_again(tmp_path):
         file.write(lines[3])
     assert tail.new_lines() == [lines[3].strip()]
     assert drop_records_past(tmp_path, 3)[1] == 0 and drop_records_past(tmp_path / "nowhere", 3) == ([], 0)
+
+
+@pytest.mark.parametrize(("log", "content"), [("metrics.jsonl", "data"), ("experts.jsonl", "layers")])
+def test_every_log_is_cut_the_same_way(tmp_path, log, content):
+    path = tmp_path / log
+    stays = [f'{{"step":{step},  "{content}": {{"x": 1}}}}\n' for step in (0, 1)]  # other spaces than ours stay, too
+    path.write_text(stays[0] + f'[1]\nnull\n{{"step": null, "{content}": {{}}}}\n{{"step": 1}}\n' + stays[1].strip())
+    assert cut_at_step(path, 1, content) == 0 and path.read_text() == "".join(stays)
+    assert cut_at_step(path, 0, content) == 1 and path.read_text() == stays[0]
+    assert cut_at_step(tmp_path / "nowhere", 0, content) == 0 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 20])
+@pytest.mark.parametrize("text", ["", "\n", "one", "one\n\ntwö\nthree of them", "one\ntwo\n"])
+def test_lines_from_the_end_are_those_from_the_start(tmp_path, text, chunk):
+    (tmp_path / "log").write_text(text, encoding="utf-8")
+    assert list(lines_from_end(tmp_path / "log", chunk)) == text.split("\n")[::-1]
 
 
 # ---- the trainer

@@ -322,6 +322,11 @@ def test_a_mistake_loads_neither_ray_nor_torch():
 # ---- what a good command line becomes
 
 
+def test_attention_may_be_left_to_transformers_on_a_cpu(model_dir):
+    run = prepared(model_dir, "actor_rollout_ref.model.override_config.attn_implementation=null")
+    assert run.config["actor_rollout_ref"]["model"]["override_config"]["attn_implementation"] is None
+
+
 def test_help_version_and_printed_config(capsys):
     for arguments, expected in ((["--version"], mxfp4_rl.__version__), (["train", "--help"], "quickstart  ")):
         with pytest.raises(SystemExit) as stop:

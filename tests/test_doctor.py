@@ -114,6 +114,16 @@ def test_vllm_and_flash_attention(monkeypatch):
     assert flash.state == "ok" and "2.8" in flash.text
 
 
+def test_a_vllm_that_lacks_a_package_is_a_warning_since_a_run_can_do_without_vllm(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.version", {"vllm": "0.22.0"}.__getitem__)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["humming-kernels[cu13]==0.1.2; python_version >= '3'"])
+    monkeypatch.setattr(doctor, "RUNGS", (("vllm", (), doctor._vllm),))
+    assert doctor.main([]) == 0
+    _, lacks, verdict = capsys.readouterr().out.splitlines()
+    assert lacks.startswith("warning  vllm needs") and lacks.endswith("->  pip install 'humming-kernels[cu13]==0.1.2'")
+    assert verdict == "training can run here"
+
+
 def test_warnings_do_not_fail_and_what_is_missing_does(monkeypatch, capsys):
     def answers(*checks):
         return lambda: iter(checks)

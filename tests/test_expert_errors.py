@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4_rl import ModelRecipe, QuantRecipe
 from mxfp4_rl.monitor import experts as table
-from mxfp4_rl.monitor import panels
-from mxfp4_rl.monitor.components import collect_errors, error_metrics, pool, start_measuring
+from mxfp4_rl.monitor import panels, plots
+from mxfp4_rl.monitor.components import _experts_error, collect_errors, error_metrics, pool, start_measuring
 from mxfp4_rl.monitor.plots import draw_experts
 from mxfp4_rl.monitor.report import write_report
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.nn import by_group
-from mxfp4_rl.quant import error_stats
+from mxfp4_rl.nn.linear import spaced_rows
+from mxfp4_rl.nn.operand import looks_at_other_rows
+from mxfp4_rl.quant import ErrorStats, error_stats
 from tests.test_experts import FAMILIES, routed, swapped
 
 PARTS = by_group.COMPONENTS
@@ -85,6 +88,42 @@ def test_every_expert_has_the_error_of_its_matrix_and_of_its_tokens(family, word
             assert activations["rel_mse"][e].isnan()
 
 
+@pytest.mark.parametrize("max_rows", [None, 1, 7, 64, 10**6])
+@pytest.mark.parametrize("words", ["mxfp4", "mxfp4+mbs+of", "mxfp4+hadamard64", "mxfp4+tile", "nvfp4"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])  # the second keeps its weights transposed
+def test_the_error_of_visited_experts_is_that_of_a_copy_of_their_weights(family, words, max_rows):
+    recipe, dtype = QuantRecipe.parse(words), torch.bfloat16
+    layer = swapped(family, ModelRecipe(weight=recipe)).projections["gate_up_proj"]
+    weight, by_rows = layer.weight.detach(), not looks_at_other_rows(recipe)
+    for tokens in (torch.tensor([4, 0, 0, 1, 9]), torch.tensor([0, 0, 0, 0, 7]), torch.zeros(5, dtype=torch.long), None):
+        own = layer._outputs_first(weight)
+        own = own if tokens is None else own[tokens > 0]
+        matrices = own.flatten(0, 1).unsqueeze(0) if by_rows else own
+        most = None if max_rows is None else max(1, max_rows // max(1, len(matrices)))
+        expected = sum((error_stats(spaced_rows(m, most, recipe).to(dtype), recipe) for m in matrices), ErrorStats())
+        assert _experts_error(layer, weight, tokens, max_rows, dtype) == expected
+
+
+class LargestCopy(TorchDispatchMode):
+    """The most elements of a floating-point tensor that was made, views left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and not function.is_view:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_measuring_experts_copies_no_more_than_the_rows_it_measures(family):
+    layer = swapped(family, ModelRecipe()).projections["gate_up_proj"]
+    with LargestCopy() as copied:
+        _experts_error(layer, layer.weight.detach(), torch.ones(5, dtype=torch.long), 2, torch.bfloat16)
+    assert copied.elements <= 2 * 96  # rows, of 72 elements padded to blocks
+
+
 def test_experts_without_tokens_are_in_no_mean():
     _, _, errors = measured()
     name = next(n for n in errors if n.endswith("gate_up_proj"))
@@ -134,6 +173,23 @@ def test_the_table_is_written_read_drawn_and_cut(tmp_path):
     assert (page.parent / "experts.png").is_file() and "<h2>Experts</h2>" in page.read_text()
     table.drop_past(tmp_path, 4)
     assert table.read_table(tmp_path).step == 3
+
+
+def test_only_the_end_of_a_table_is_read(tmp_path, monkeypatch):
+    _, _, errors = measured()
+    for step in range(1, 5):
+        table.write_table(tmp_path, step, errors)
+    with (tmp_path / table.EXPERTS_FILE).open("a") as out:
+        out.write('{"step": 5, "layers": {}}\n{"step": 7, "layers": {"mod')
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    assert table.read_table(tmp_path).step == 4
+    assert len(parsed) == 3  # what is torn, what is empty, what is asked for
+    monkeypatch.undo()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "data": error_metrics(errors)}) + "\n")
+    run, read = RunLog.load(tmp_path), []
+    monkeypatch.setattr(plots, "read_table", lambda path: read.append(path) or table.read_table(path))
+    assert any("overlay's experts" in note for note in draw_experts(run, run).notes) and len(read) == 1
 
 
 def test_a_dense_run_has_no_table_and_no_section(tmp_path):

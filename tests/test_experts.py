@@ -565,7 +565,7 @@ def test_both_rollouts_are_let_through_where_vllm_loads_single_experts(architect
             head_dim=32, num_local_experts=4, vocab_size=64,
         ).save_pretrained(path)  # fmt: skip
     else:
-        path = make_tiny_model(tmp_path / "model", architecture=architecture, intermediate=72)
+        path = make_tiny_model(tmp_path / "model", architecture=architecture, intermediate=80)
     chosen = {"name": rollout, "tensor_model_parallel_size": 1}
     config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(path)}, "rollout": chosen}})
     everything = Settings.from_config({"enable": True})
@@ -584,9 +584,9 @@ def test_tensor_parallel_experts_are_cut_between_blocks(tmp_path):
     from mxfp4_rl.launch import LaunchError
     from mxfp4_rl.launch.inputs import check_quantisable
 
-    path = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=72)
+    path = make_tiny_model(tmp_path / "model", architecture="qwen3_moe", intermediate=96)
     chosen = {"name": "vllm", "tensor_model_parallel_size": 2}
     config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(path)}, "rollout": chosen}})
     only_experts = {"exclude": ["re:self_attn"], "macro_block": None}
-    with pytest.raises(LaunchError, match=r"experts\.down_proj has 72 inputs"):
+    with pytest.raises(LaunchError, match=r"experts\.down_proj has 96 inputs"):
         check_quantisable(config, Settings.from_config({"enable": True, "recipe": only_experts}))

@@ -78,12 +78,18 @@ def test_vllm_must_be_there_and_of_a_version_that_the_plugin_fits(monkeypatch):
 
 
 def test_what_vllm_imports_for_any_quantised_model_must_be_there(monkeypatch):
-    monkeypatch.setattr(
-        importlib.metadata, "requires", lambda name: ["torch==2.11.0", "humming-kernels[cu13]==0.1.2; x == 'y'"]
-    )
+    asked = ["torch==2.11.0", "humming-kernels[cu13]==0.1.2; python_version >= '3'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     with pytest.raises(LaunchError, match=r"vLLM 0\.22\.0 lacks .*pip install 'humming-kernels\[cu13\]==0\.1\.2'"):
         check()
     monkeypatch.setattr(vllm_plugin, "_ALWAYS_IMPORTED", {"humming-kernels": "json"})  # a module that is there
+    check()
+
+
+@pytest.mark.parametrize("marker", ["sys_platform == 'elsewhere'", "extra == 'humming'"])
+def test_what_vllm_does_not_ask_for_here_may_be_missing(monkeypatch, marker):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [f"humming-kernels==0.1.2; {marker}"])
+    assert vllm_plugin.lacks() == []
     check()
 
 

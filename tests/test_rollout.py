@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from mxfp4_rl.quant import quantize
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 from mxfp4_rl.verl_plugin import waves
-from mxfp4_rl.verl_plugin.rollout import RolloutModel, stop_token_ids
+from mxfp4_rl.verl_plugin.rollout import MXFP4Server, RolloutModel, stop_token_ids
 from mxfp4_rl.verl_plugin.waves import Waiting
 from tests.test_nn import llama
 
@@ -205,12 +207,88 @@ def test_weights_that_do_not_fit_are_refused(checkpoint):
         rollout.load(state | {name: actor.model.layers[0].mlp.down_proj.weight.detach()}, 0)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_of_another_shape_are_refused_before_any_is_taken(checkpoint, name):
+    """`copy_` would spread one number over a whole norm."""
+    state, _ = weights_of(checkpoint)
+    rollout = rollout_model(checkpoint, SETTINGS, None, torch.bfloat16)
+    embeddings = rollout.model.model.embed_tokens.weight
+    before = embeddings.clone()
+    other = quantize(torch.ones(1, 64), SETTINGS.recipe.weight) if "mlp" in name else torch.ones(1)
+    with pytest.raises(ValueError, match=rf"of other shapes \['{name} holds .* not \(1,"):
+        rollout.load(state | {name: other}, 0)
+    assert torch.equal(embeddings, before)
+    assert all(layer.path == "no weights yet" for layer in rollout.packed_layers())
+
+
 def test_logits_that_are_not_finite_are_an_error(model):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(broken, [[1, 2]], [2], [0], Sampling(), {63}, 0)
+
+
+# ---- the server's loop
+
+
+def a_server(sample):
+    own = object.__new__(MXFP4Server)
+    own.config = SimpleNamespace(prompt_length=8, response_length=4)
+    own.rollout = SimpleNamespace(sample=sample, stop_ids={2}, global_steps=1)
+    own._waiting, own._worker, own._loop_task = Waiting(2), ThreadPoolExecutor(1), None
+    return own
+
+
+def answers(own, *prompts):
+    """What each request got: tokens or the error's text; a request that is never answered fails the test."""
+
+    async def ask():
+        asked = (own.generate(prompt, {}, str(row), row=row) for row, prompt in enumerate(prompts))
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+        return [str(one) if isinstance(one, Exception) else one.token_ids for one in found]
+
+    return ask()
+
+
+def test_whatever_goes_wrong_with_a_batch_is_told_to_those_who_asked():
+    made = iter([[([5], [0.0], 0)], [([], [0.0], 0), ([5], [0.0], 0)], [([5], [0.0], 0), ([6], [0.0], 1)]])
+    own = a_server(lambda *_: next(made))
+
+    async def batches():
+        return [await answers(own, [1], [1]) for _ in range(3)]
+
+    few, empty, right = asyncio.run(batches())  # a sample too few, one without a token, and the server lives on
+    assert few[0] == [5] and few[1].startswith("rollout failed: ValueError: zip()")
+    assert all(one.startswith("rollout failed: IndexError") for one in empty)
+    assert right == [[5], [6]]
+
+
+def test_when_the_loop_ends_nobody_waits_for_ever_and_the_next_request_starts_another():
+    own = a_server(lambda prompts, *_: [([5], [0.0], 0)] * len(prompts))
+
+    async def batches():
+        incomparable = await answers(own, [1], ["1"], [2])  # sorting them fails outside of any batch
+        return incomparable, await answers(own, [1], [2])
+
+    broken, right = asyncio.run(batches())
+    assert all(one.startswith("rollout failed: TypeError") for one in broken) and right == [[5], [5]]
+
+
+def test_a_cancelled_loop_tells_those_in_its_batch_and_those_who_wait():
+    began, over = threading.Event(), threading.Event()
+    own = a_server(lambda *_: began.set() or over.wait(20))
+
+    async def ended():
+        asking = asyncio.ensure_future(answers(own, [1], [2], [3]))
+        while not began.is_set():  # with two, as many as a batch has
+            await asyncio.sleep(0.01)
+        own._loop_task.cancel()
+        found = await asking
+        over.set()
+        return found
+
+    assert asyncio.run(ended()) == ["rollout failed: CancelledError: "] * 3
 
 
 # ---- which requests make a batch

@@ -9,7 +9,7 @@ import torch
 from mxfp4_rl import ModelRecipe, QuantRecipe, RecipeError
 from mxfp4_rl.nn import MXFP4Experts
 from mxfp4_rl.nn.experts import LAYERS_OF, PROJECTIONS, quantize_experts
-from mxfp4_rl.quant import StackedTensor
+from mxfp4_rl.quant import StackedTensor, quantize
 from mxfp4_rl.vllm_plugin.expert_names import taken_apart, transformers_name
 from mxfp4_rl.vllm_plugin.expert_product import recipe_texts, weights_of
 from mxfp4_rl.vllm_plugin.layout import NAMES, checksum, fields, is_packed, named_tensors, why_not_packed
@@ -70,6 +70,24 @@ def test_a_shipment_of_experts_has_the_names_of_checkpoints_and_sums_what_is_hel
     fields_held = [("w13_" + NAMES[own], tensor) for own, tensor in fused.tensors().items()]
     assert all(is_packed(name) for name, _ in fields_held)
     assert int(shipment.checksum) == int(checksum(fields_held)) == int(checksum(named_tensors("weight", fused)))
+
+
+@pytest.mark.parametrize("words", PACKED)  # the last has a tensor of its own for every expert
+def test_a_fused_weight_is_summed_before_it_is_taken_apart(words, monkeypatch):
+    summed = []
+
+    def recorded(pairs):
+        pairs = list(pairs)
+        summed.extend(pairs)
+        return checksum(pairs)
+
+    monkeypatch.setattr("mxfp4_rl.vllm_plugin.shipment.checksum", recorded)
+    pairs = [(f"a.mlp.experts.{own}", quantised(words, own)) for own in PROJECTIONS]
+    shipment = Shipment(torch.bfloat16, "qwen3_moe")
+    shipped = list(shipment.tensors([*pairs, ("a.mlp.gate.weight", quantize(torch.ones(3, H), QuantRecipe.parse("mxfp4")))]))
+    assert int(shipment.checksum) == int(checksum(shipped))  # as if every expert's every tensor were summed
+    assert len(summed) == sum(len(weight.tensors()) for _, weight in pairs) + 2
+    assert sum(t.nbytes for _, t in summed) == shipment.sizes["packed_bytes"]
 
 
 def test_families_have_names_of_their_own():

@@ -256,6 +256,7 @@ def _loaders_in_worker(rank, port):
     from vllm.model_executor.layers.fused_moe import FusedMoE
     from vllm.model_executor.models.mixtral import MixtralModel
     from vllm.model_executor.models.olmoe import OlmoeModel
+    from vllm.model_executor.models.qwen2_moe import Qwen2MoeModel
     from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel
 
     with set_current_vllm_config(VllmConfig()):
@@ -263,6 +264,7 @@ def _loaders_in_worker(rank, port):
         initialize_model_parallel(1)
     recipe = ModelRecipe(weight=QuantRecipe.parse("mxfp4+mbs32+of"))
     for family, model, block in (
+        ("Qwen2Moe", Qwen2MoeModel, "mlp"),
         ("Qwen3Moe", Qwen3MoeModel, "mlp"),
         ("Mixtral", MixtralModel, "block_sparse_moe"),
         ("Olmoe", OlmoeModel, "mlp"),

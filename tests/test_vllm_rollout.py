@@ -19,6 +19,7 @@ from mxfp4_rl.verl_plugin.vllm_server import MXFP4vLLMServer
 from mxfp4_rl.verl_plugin.vllm_worker import MXFP4WorkerExtension, layer_names, under_adapters
 from mxfp4_rl.vllm_plugin.shipment import Shipment
 
+NOTHING_PACKED = {"bytes": 8, "packed_bytes": 0, "packed_elements": 0, "seconds": 0.1, "checksum": 0}
 AQN = {"enable": True, "sigma_start": 0.01, "sigma_end": 0.001, "stages": 2}
 
 
@@ -124,7 +125,7 @@ def shipped(scale=1.0):
     w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * scale
     shipment = Shipment(torch.bfloat16)
     list(shipment.tensors([("layer.weight", quantize(w, QuantRecipe()))]))
-    return {**shipment.sizes, "seconds": 0.5, "checksum": int(shipment.checksum)}
+    return {**shipment.sizes, "seconds": 0.5, "checksum": int(shipment.checksum), "adapters": False}
 
 
 def test_a_sync_ends_with_the_weights_compared_and_the_paths_told(capsys):
@@ -180,9 +181,22 @@ def test_packed_names_where_adapters_are_wrapped_around_layers():
         assert under_adapters(model, shipped_name, known) == held
 
 
-def test_adapters_alone_are_not_compared():
+def test_weights_that_travel_dequantised_are_not_compared_and_the_run_says_so_once(capsys):
     own = server()
-    asyncio.run(own.end_sync({"bytes": 8, "packed_bytes": 0, "packed_elements": 0, "seconds": 0.1, "checksum": 0}))
+    for _ in range(2):
+        asyncio.run(own.end_sync(NOTHING_PACKED | {"adapters": False}))
+    told = capsys.readouterr().out
+    assert told.count("not compared: weights travel dequantised") == told.count("1 layers: packed") == 1
+    own = server()
+    own.replica_rank = 1
+    asyncio.run(own.end_sync(NOTHING_PACKED | {"adapters": False}))
+    assert capsys.readouterr().out == ""
+
+
+def test_adapters_alone_are_not_compared(capsys):
+    own = server()
+    asyncio.run(own.end_sync(NOTHING_PACKED | {"adapters": True}))
+    assert capsys.readouterr().out == "" and asyncio.run(own.last_sync())["bytes"] == 8
 
 
 def test_vllm_tells_graphs_of_two_recipes_apart(monkeypatch):
@@ -225,8 +239,12 @@ def test_the_adapter_ships_packed_tensors_and_tells_the_server(monkeypatch):
     assert sent.keys() == {"layer.weight_packed", "layer.weight_scale", "norm.weight"}
     assert sent["norm.weight"].dtype == torch.bfloat16
     assert told[0]["bytes"] == 4 * (32 + 2) + 16 and told[0]["seconds"] > 0
+    for base_sync_done in (False, True):  # a sync of what the adapters are on, and one of adapters alone
+        asyncio.run(adapter.update_weights(iter(weights), peft_config={"r": 8}, base_sync_done=base_sync_done))
+    asyncio.run(adapter.update_weights(iter(weights), peft_config=None, base_sync_done=True))  # a model without adapters
+    assert [sync["adapters"] for sync in told] == [False, False, True, False]
     with pytest.raises(ValueError, match="backend=naive"):
         asyncio.run(adapter.update_weights(iter(weights), wire_format="delta_flush"))
     adapter.config.custom = {}
     asyncio.run(adapter.update_weights(iter([("plain", torch.ones(1))])))
-    assert "plain" in sent and len(told) == 1
+    assert "plain" in sent and len(told) == 4

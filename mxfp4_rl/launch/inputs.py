@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 
 from mxfp4_rl.launch import LaunchError
 from mxfp4_rl.recipe import RecipeError
-from mxfp4_rl.settings import HF_ROLLOUT, VLLM_ROLLOUT, Settings
+from mxfp4_rl.settings import VLLM_ROLLOUT, Settings
 
 MODEL_KEY = "actor_rollout_ref.model.path"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -83,13 +83,14 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
     """What the recipe would quantise in this model, in one line; the model is built without memory.
 
     Raises:
-        LaunchError: nothing would be quantised, a pattern of the recipe matches nothing, or the model cannot be built.
+        LaunchError: nothing would be quantised, a pattern of the recipe matches nothing, the model cannot be built, or the
+            vLLM rollout cannot hold what would be quantised.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mxfp4_rl.launch.experts import check_experts
     from mxfp4_rl.nn import plan
-    from mxfp4_rl.vllm_plugin.expert_names import FUSED_IN_VLLM
 
     path = config.actor_rollout_ref.model.path
     if path.startswith("hdfs://"):
@@ -112,12 +113,7 @@ def check_quantisable(config: DictConfig, settings: Settings) -> str:
     except RecipeError as error:
         raise LaunchError(f"mxfp4.kv_cache does not fit {path}: {error}") from error
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT:
-        if report.experts and model_config.model_type in FUSED_IN_VLLM:
-            raise LaunchError(
-                f"{path}: vLLM loads the experts of {model_config.model_type} only in fused tensors, which our layers do "
-                "not hold: leave them unquantised (mxfp4.recipe.exclude=['re:experts']), or use "
-                f"actor_rollout_ref.rollout.name={HF_ROLLOUT}"
-            )
+        check_experts(config, model, report)
         _check_tensor_parallel(config.actor_rollout_ref.rollout.tensor_model_parallel_size, model, report.converted)
     return report.describe().splitlines()[0]
 

@@ -34,7 +34,7 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
     if config.trainer.device == "cpu":
         if actor.strategy != "fsdp2":
             raise LaunchError(f"actor_rollout_ref.actor.strategy={actor.strategy} does not run on a CPU: use fsdp2")
-        if "flash" in attention:
+        if attention and "flash" in attention:  # null leaves the choice to transformers, which takes sdpa
             raise LaunchError(
                 f"attn_implementation={attention} does not run on a CPU: set "
                 "++actor_rollout_ref.model.override_config.attn_implementation=sdpa"
@@ -76,7 +76,7 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
             "Megatron and VeOmni engines: FSDP's has no place for recorded experts, and would ignore them. Switch it off; "
             f"mxfp4/router_agreement says how far trainer and rollout route alike, {off}"
         )
-    rank = model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
+    rank = lora_rank(model)
     if rank > 0 or model.get("lora_adapter_path"):
         if rollout.name != VLLM_ROLLOUT:
             raise LaunchError(
@@ -105,6 +105,11 @@ def check_supported(config: DictConfig, settings: Settings) -> None:
             f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from the actor's compute dtype (actor.fsdp_config."
             f"mixed_precision.param_dtype={compute}): trainer and rollout would quantise other bits; make them the same"
         )
+
+
+def lora_rank(model: DictConfig) -> int:
+    """Of the adapters that `actor_rollout_ref.model` asks for, under either of verl's two names; 0 without."""
+    return model.get("lora_rank") or (model.get("lora") or {}).get("rank") or 0
 
 
 def has_flash_attention() -> bool:

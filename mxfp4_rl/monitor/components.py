@@ -68,11 +68,16 @@ def _experts_error(layer: ExpertsProjection, weight, tokens, max_rows: int | Non
         visited = distribute_tensor(visited, mesh, placements, src_data_rank=None).to_local()
         weight = weight.to_local()
     own = weight.transpose(1, 2) if layer.axis == -2 else weight
-    own = own[visited.to(own.device)]
-    if not looks_at_other_rows(recipe):
-        own = own.flatten(0, 1).unsqueeze(0)
-    rows = None if max_rows is None else max(1, max_rows // max(1, len(own)))
-    return sum((error_stats(spaced_rows(matrix, rows, recipe).to(dtype), recipe) for matrix in own), ErrorStats())
+    visited = visited.to(own.device)
+    if looks_at_other_rows(recipe):
+        held = visited.nonzero().flatten().tolist()
+        most = None if max_rows is None else max(1, max_rows // max(1, len(held)))
+        return sum((error_stats(spaced_rows(own[e], most, recipe).to(dtype), recipe) for e in held), ErrorStats())
+    # The rows to measure are chosen by number: a copy of all visited experts' FP32 weights can take gigabytes.
+    experts, outputs = own.shape[:2]
+    numbers = torch.arange(experts * outputs, device=own.device).view(experts, outputs)[visited].view(-1, 1)
+    chosen = spaced_rows(numbers, max_rows, recipe).squeeze(-1)
+    return error_stats(own[chosen // outputs, chosen % outputs].to(dtype), recipe)
 
 
 def _error_of_each(layer: ExpertsProjection, weight, max_rows: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mxfp4_rl.files import cut_at_step, lines_from_end
 from mxfp4_rl.nn.by_group import COMPONENTS, components_of
 
 EXPERTS_FILE = "experts.jsonl"
@@ -74,13 +75,8 @@ def write_table(folder: Path, step: int, errors: dict) -> None:
 
 
 def drop_past(folder: Path, step: int) -> None:
-    """Take the lines of later steps, and what is no line, out of the table: a run resumed at `step` writes them again."""
-    path = folder / EXPERTS_FILE
-    if path.is_file():
-        kept = [json.dumps(record) + "\n" for record in _records(path) if record["step"] <= step]
-        part = path.with_name(path.name + ".writing")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+    """Take the lines of later steps out of the table: a run resumed at `step` writes them again."""
+    cut_at_step(folder / EXPERTS_FILE, step, "layers")
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,7 @@ def read_table(folder: Path, projection: str | None = None) -> ExpertsTable | No
     path = folder / EXPERTS_FILE
     if not path.is_file():
         return None
-    last = None
-    for record in _records(path):
-        last = record
+    last = next(filter(None, map(_record, lines_from_end(path))), None)  # a line may be a megabyte: the others stay unread
     if last is None:
         return None
     projection = projection or next(iter(last["layers"])).rpartition(".")[2]
@@ -133,15 +127,12 @@ def read_table(folder: Path, projection: str | None = None) -> ExpertsTable | No
     return ExpertsTable(last["step"], list(rows), tokens, {k: v for k, v in components.items() if np.isfinite(v).any()})
 
 
-def _records(path: Path):
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # torn by the end of the run
-                continue
-            if isinstance(record, dict) and isinstance(record.get("layers"), dict) and record["layers"]:
-                yield record
+def _record(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # torn by the end of the run
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("layers"), dict) and record["layers"] else None
 
 
 def _short(value: float) -> float | None:

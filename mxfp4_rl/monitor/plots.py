@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mxfp4_rl.monitor.experts import read_table
+from mxfp4_rl.monitor.experts import EXPERTS_FILE, read_table
 from mxfp4_rl.monitor.run_log import RunLog, layer_map, parse_layer_name
 
 WIDTH_INCHES = 10.0
@@ -194,7 +194,7 @@ def draw_experts(run: RunLog, overlay: RunLog | None = None) -> Drawing:
     panels = [(title, grid) for title, grid in chosen if grid is not None]
     projection = table.layers[0].rpartition(".")[2]
     notes = [f"Values of step {table.step}, of {projection}; grey: no value, an expert without tokens has no activations."]
-    if overlay is not None and read_table(overlay.path):
+    if overlay is not None and (overlay.path / EXPERTS_FILE).is_file():
         notes.append("A heat map cannot be drawn over another: the overlay's experts are in its own report.")
     figure = _new_figure(float(np.clip(2.3 + 0.13 * len(table.layers), 3.2, 14.0)))
     figure.get_layout_engine().set(wspace=0.06)

@@ -35,13 +35,17 @@ class PackedLinear(MXFP4Linear):
         Raises:
             ValueError: it has another shape.
         """
-        if tuple(packed.shape) != (self.out_features, self.in_features):
-            own = self.out_features, self.in_features
-            raise ValueError(f"{self.layer_name} holds weights {own}, not {tuple(packed.shape)}: ship those of the same model")
+        if tuple(packed.shape) != self.shape:
+            raise ValueError(f"{self.layer_name} holds {self.shape}, not {tuple(packed.shape)}: ship those of the same model")
         if decodes(packed, dtype):
             self._held, self._held_key = {"packed": packed}, dtype
         else:
             super().hold(packed, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weights it holds."""
+        return self.out_features, self.in_features
 
     def release(self) -> None:
         """Nothing: the layer has no weight to quantise again."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mxfp4_rl.files import cut_at_step
 from mxfp4_rl.monitor import panels
 
 METRICS_FILE = "metrics.jsonl"
@@ -44,29 +45,14 @@ def attach_run_log(tracking, run_dir: Path):
 
 
 def drop_records_past(run_dir: Path, step: int) -> tuple[list[tuple[int, dict]], int]:
-    """Take the lines of later steps, and what is no line, out of `metrics.jsonl`: a run resumed at `step` does them again.
+    """Take the lines of later steps out of `metrics.jsonl` (`files.cut_at_step`).
 
-    The file is replaced as a whole. Returns the records (step, data) that stay, and how many steps went.
+    Returns the records (step, data) that stay, and how many steps went.
     """
     path = run_dir / METRICS_FILE
-    if not path.exists():
-        return [], 0
-    kept, records, dropped = [], [], set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            at, data = record["step"], record["data"]
-        except (ValueError, TypeError, KeyError):  # torn by the end of the run
-            continue
-        if at <= step:
-            kept.append(line.rstrip("\n") + "\n")
-            records.append((at, data))
-        else:
-            dropped.add(at)
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-    return records, len(dropped)
+    dropped = cut_at_step(path, step, "data")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [(record["step"], record["data"]) for record in map(json.loads, lines)], dropped
 
 
 class JSONLinesLog:

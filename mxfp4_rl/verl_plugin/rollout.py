@@ -100,7 +100,8 @@ class RolloutModel:
         """Take the weights of a sync, all or none, and put this step's noise on; returns the bytes that came.
 
         Raises:
-            ValueError: a weight is missing, unknown, or packed where the model has a plain one (or the reverse).
+            ValueError: a weight is missing, unknown, of another shape, or packed where the model has a plain one (or the
+                reverse).
         """
         packed = {layer.weight_name: layer for layer in self.packed_layers()}
         plain = dict(self.model.named_parameters(remove_duplicate=False))
@@ -110,10 +111,14 @@ class RolloutModel:
         missing = (packed.keys() | plain.keys()) - weights.keys() - tied
         unknown = weights.keys() - packed.keys() - plain.keys()
         mixed = [n for n, w in weights.items() if isinstance(w, QuantizedTensor) != (n in packed)]
-        if missing or unknown or mixed:
+        shapes = {n: tuple(p.shape) for n, p in plain.items()} | {n: layer.shape for n, layer in packed.items()}
+        came = {n: tuple(w.shape) for n, w in weights.items() if n in shapes}
+        other = [f"{n} holds {shapes[n]}, not {shape}" for n, shape in came.items() if shape != shapes[n]]
+        if missing or unknown or mixed or other:
             raise ValueError(
                 "the actor's weights do not fit the rollout's model: "
-                f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, quantised on one side {sorted(mixed)[:3]}"
+                f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, quantised on one side {sorted(mixed)[:3]}, "
+                f"of other shapes {other[:3]}"
             )
         size = 0
         for name, weight in weights.items():
@@ -193,6 +198,12 @@ class _Request:
     answer: asyncio.Future
 
 
+def _fail(requests: list[_Request], error: BaseException) -> None:
+    for request in requests:
+        if not request.answer.done():
+            request.answer.set_exception(RuntimeError(f"rollout failed: {type(error).__name__}: {error}"))
+
+
 class MXFP4Server:
     """The Ray actor: batches requests that arrive together, one batch at a time, and answers verl's control calls."""
 
@@ -256,41 +267,47 @@ class MXFP4Server:
             top_k=int(sampling_params.get("top_k", -1)),
         )
         loop = asyncio.get_running_loop()
-        if self._loop_task is None:
+        if self._loop_task is None or self._loop_task.done():
             self._loop_task = loop.create_task(self._serve())
         request = _Request(list(prompt_ids), row, max(1, min(int(limit), room)), sampling, loop.create_future())
         self._waiting.add(request)
         return await request.answer
 
     async def _serve(self):
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = await self._waiting.next_batch()
-            try:
-                samples = await loop.run_in_executor(
-                    self._worker,
-                    self.rollout.sample,
-                    [r.prompt for r in batch],
-                    [r.limit for r in batch],
-                    batch[0].sampling,
-                    [r.row for r in batch],
-                )
-            except Exception as error:  # goes to those who asked, and the server lives on
-                for request in (r for r in batch if not r.answer.done()):
-                    request.answer.set_exception(RuntimeError(f"rollout failed: {type(error).__name__}: {error}"))
+        """Answer batch after batch. A request that is never answered would hang the step, whatever went wrong."""
+        batch = []
+        try:
+            while True:
+                batch = await self._waiting.next_batch()
+                try:
+                    await self._answer(batch)
+                except Exception as error:  # goes to those who asked, and the server lives on
+                    _fail(batch, error)
+        except BaseException as error:  # the next request starts another loop
+            _fail([*batch, *self._waiting.take_all()], error)
+            raise
+
+    async def _answer(self, batch: list[_Request]) -> None:
+        samples = await asyncio.get_running_loop().run_in_executor(
+            self._worker,
+            self.rollout.sample,
+            [r.prompt for r in batch],
+            [r.limit for r in batch],
+            batch[0].sampling,
+            [r.row for r in batch],
+        )
+        for request, (tokens, log_probs, number) in zip(batch, samples, strict=True):
+            if request.answer.done():  # whoever asked has given up
                 continue
-            for request, (tokens, log_probs, number) in zip(batch, samples, strict=True):
-                if request.answer.done():  # whoever asked has given up
-                    continue
-                stopped = tokens[-1] in self.rollout.stop_ids
-                request.answer.set_result(
-                    TokenOutput(
-                        token_ids=tokens,
-                        log_probs=log_probs,
-                        stop_reason="completed" if stopped else "length",
-                        extra_fields={"global_steps": self.rollout.global_steps, SAMPLE: number},
-                    )
+            stopped = tokens[-1] in self.rollout.stop_ids
+            request.answer.set_result(
+                TokenOutput(
+                    token_ids=tokens,
+                    log_probs=log_probs,
+                    stop_reason="completed" if stopped else "length",
+                    extra_fields={"global_steps": self.rollout.global_steps, SAMPLE: number},
                 )
+            )
 
     async def update_weights(self, weights: dict, global_steps: int | None = None) -> None:
         began = time.perf_counter()
@@ -316,9 +333,6 @@ class MXFP4Server:
     async def weight_bits(self, name: str) -> torch.Tensor:
         """The operand a layer multiplies by; for checks that trainer and rollout agree."""
         return converted_layers(self.rollout.model)[name].weight_operand(self.rollout.dtype).cpu()
-
-    async def set_global_steps(self, global_steps: int) -> None:
-        self.rollout.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
         return {"aborted_count": 0, "request_ids": []}  # the synchronous trainer never has a request in flight here

@@ -26,4 +26,6 @@ class MXFP4ServerAdapter(ServerAdapter):
         await super().update_weights(shipped.tensors(weights), global_steps=global_steps, wire_format=wire_format, **kwargs)
         if self._ensure_server_handle():
             seconds = time.perf_counter() - began
-            await self.server_handle.end_sync.remote({**shipped.sizes, "seconds": seconds, "checksum": int(shipped.checksum)})
+            adapters = bool(kwargs.get("peft_config") and kwargs.get("base_sync_done"))  # of LoRA, without the weights below
+            sync = {**shipped.sizes, "seconds": seconds, "checksum": int(shipped.checksum), "adapters": adapters}
+            await self.server_handle.end_sync.remote(sync)

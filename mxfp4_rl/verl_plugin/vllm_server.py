@@ -69,29 +69,32 @@ class MXFP4vLLMServer(vLLMHttpServer):
         return sigmas[0]
 
     async def end_sync(self, sync: dict[str, float]) -> None:
-        """The adapter's last call of a sync: what it shipped, whose sum the workers must hold now.
+        """The adapter's last call of a sync: what it shipped, and whether only LoRA's adapters were in it.
 
         Raises:
-            RuntimeError: they hold other weights.
+            RuntimeError: the workers hold other packed weights.
         """
-        shipped = sync.pop("checksum")
-        if sync["packed_elements"]:  # not only adapters
-            held = await self.engine.collective_rpc("mxfp4_checksum")
-            comparable = all(once for _, once in held)
-            if comparable and shipped != sum(part for part, _ in held):
-                raise RuntimeError(
-                    "the rollout does not hold the weights that the trainer shipped: another model, or tensors that vLLM did "
-                    "not load; compare actor_rollout_ref.model.path with rollout.engine_kwargs"
-                )
+        shipped, adapters = sync.pop("checksum"), sync.pop("adapters")
+        if not adapters:
+            why_not = await self._compare(shipped) if sync["packed_elements"] else "weights travel dequantised"
             if not self._said and self.replica_rank == 0:
                 self._said = True
                 await self._say_paths()
-                if not comparable:
-                    print(
-                        "[mxfp4] rollout: several workers hold the same rows, so their weights are not compared with the "
-                        "trainer's", flush=True,
-                    )  # fmt: skip
+                if why_not:
+                    print(f"[mxfp4] rollout: its weights and the trainer's are not compared: {why_not}", flush=True)
         self._last_sync = sync
+
+    async def _compare(self, shipped: int) -> str | None:
+        """The sum of what was shipped packed, with the workers'; returns why they cannot be compared, None where they can."""
+        held = await self.engine.collective_rpc("mxfp4_checksum")
+        if not all(once for _, once in held):
+            return "several workers hold the same rows"
+        if shipped != sum(part for part, _ in held):
+            raise RuntimeError(
+                "the rollout does not hold the weights that the trainer shipped: another model, or tensors that vLLM did not "
+                "load; compare actor_rollout_ref.model.path with rollout.engine_kwargs"
+            )
+        return None
 
     async def last_sync(self) -> dict[str, float]:
         """What the last sync shipped, and how long it took."""
@@ -101,12 +104,13 @@ class MXFP4vLLMServer(vLLMHttpServer):
         reports = await self.engine.collective_rpc("mxfp4_report")
         packed, elements, whole = (sum(r[k] for r in reports) for k in ("packed_bytes", "packed_elements", "bytes"))
         print(f"[mxfp4] rollout: {reports[0]['paths']}", flush=True)
-        print(
-            f"[mxfp4] rollout: quantised weights take {packed / 2**20:.0f} MiB, {packed / max(1, 2 * elements):.2f} of BF16's "
-            f"{2 * elements / 2**20:.0f} MiB; all weights {whole / 2**20:.0f} MiB instead of "
-            f"{(whole - packed + 2 * elements) / 2**20:.0f} MiB",
-            flush=True,
-        )
+        if packed:
+            print(
+                f"[mxfp4] rollout: quantised weights take {packed / 2**20:.0f} MiB, {packed / (2 * elements):.2f} of BF16's "
+                f"{2 * elements / 2**20:.0f} MiB; all weights {whole / 2**20:.0f} MiB instead of "
+                f"{(whole - packed + 2 * elements) / 2**20:.0f} MiB",
+                flush=True,
+            )
 
 
 class MXFP4vLLMReplica(vLLMReplica):

@@ -98,6 +98,12 @@ class Waiting:
             self._arrived.clear()
         return batch
 
+    def take_all(self) -> list:
+        """Every request that waits, whatever its sampling; none waits any more."""
+        taken, self._requests = self._requests, []
+        self._arrived.clear()
+        return taken
+
     async def _until_together(self) -> None:
         if self._expected:
             await self._until(lambda: len(self._requests) >= self._expected, _LOST, limit=None)

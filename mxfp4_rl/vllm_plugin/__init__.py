@@ -13,6 +13,8 @@ import json
 import sys
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from mxfp4_rl.recipe import ModelRecipe
 
 METHOD = "mxfp4_rl"
@@ -30,8 +32,14 @@ def lacks() -> list[str]:
         asked = importlib.metadata.requires("vllm") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    found = {name: [r.split(";")[0].strip() for r in asked if r.startswith(name)] for name in _ALWAYS_IMPORTED}
-    return [r for name, own in found.items() for r in own if importlib.util.find_spec(_ALWAYS_IMPORTED[name]) is None]
+    missing = []
+    for requirement in map(Requirement, asked):
+        module = _ALWAYS_IMPORTED.get(requirement.name)
+        here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if module and here and importlib.util.find_spec(module) is None:
+            requirement.marker = None  # it holds, and pip needs no reminder
+            missing.append(str(requirement))
+    return missing
 
 
 def is_for_cpus(version: str) -> bool:

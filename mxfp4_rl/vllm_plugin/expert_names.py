@@ -29,6 +29,8 @@ class Family(NamedTuple):
 FAMILIES = {
     "mixtral": Family("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
 }
+TRIED = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral")  # vLLM's loaders of these were run on what we ship
+MULTIPLE = 16  # of an expert's widths on a GPU, for the grouped kernels
 FUSED_IN_VLLM = ("gpt_oss",)  # its loader takes fused tensors only, of vLLM's own MXFP4 or none
 
 

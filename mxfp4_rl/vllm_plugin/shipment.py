@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from mxfp4_rl.quant.tensor import QuantizedTensor
+from mxfp4_rl.quant.tensor import QuantizedTensor, StackedTensor
 from mxfp4_rl.vllm_plugin.expert_names import FUSED_IN_VLLM, checkpoint_name, is_fused, taken_apart, travels_packed
 from mxfp4_rl.vllm_plugin.layout import checksum, named_tensors, packs
 
@@ -38,13 +38,18 @@ class Shipment:
             elif not isinstance(weight, QuantizedTensor):
                 yield self._counted(name, weight.to(self.dtype) if weight.is_floating_point() else weight)
             elif packs(weight):
+                self._sum(weight)
                 yield from self._packed(name, weight)
             else:
                 yield self._counted(name, weight.dequantize(self.dtype))
 
     def _experts(self, name: str, weight: torch.Tensor | QuantizedTensor):
         packed = isinstance(weight, QuantizedTensor) and travels_packed(weight)
-        if not packed:
+        if packed:
+            # Of the fused tensors: apart, Qwen3-30B's are 92k, each a kernel or two to be launched.
+            for whole in weight.parts if isinstance(weight, StackedTensor) else (weight,):
+                self._sum(whole)
+        else:
             weight = weight.dequantize(self.dtype) if isinstance(weight, QuantizedTensor) else weight.to(self.dtype)
         for own_name, own in taken_apart(name, weight, self.family):
             if packed:
@@ -52,11 +57,13 @@ class Shipment:
             else:
                 yield self._counted(own_name, own)
 
+    def _sum(self, weight: QuantizedTensor) -> None:
+        self.checksum = self.checksum + checksum(named_tensors("weight", weight))
+
     def _packed(self, name: str, weight: QuantizedTensor):
         self.sizes["packed_elements"] += weight.shape.numel()
         for pair in named_tensors(name, weight):
             self.sizes["packed_bytes"] += pair[1].nbytes
-            self.checksum = self.checksum + checksum([pair])
             yield self._counted(*pair)
 
     def _counted(self, name: str, tensor: torch.Tensor):
