@@ -84,7 +84,7 @@ def test_the_choice_of_a_scale_goes_by_the_metric(weights, made):
     assert torch.equal(made("nvfp4+search:power=0.0")[0], plain)
 
 
-def test_errors_are_reflected_or_get_signs(draws, weights, made):
+def test_errors_are_reflected_get_signs_or_leave_columns_out(draws, weights, made):
     whole = torch.cat(weights).float()
     error = made("nvfp4+soar")[0] - whole
     largest = draws.largest_of_blocks(whole)
@@ -93,6 +93,8 @@ def test_errors_are_reflected_or_get_signs(draws, weights, made):
     near = {"rtol": 0, "atol": 0.02}  # BF16
     torch.testing.assert_close(made("nvfp4+soar:reflected")[0] - whole, -error, **near)
     torch.testing.assert_close(made("nvfp4+soar:largest")[0] - whole, torch.where(largest, -error, error), **near)
+    kept = made("nvfp4+soar:keep=2", squares=torch.arange(256).float())[0]
+    assert torch.equal(kept[:, -2:], whole[:, -2:]) and torch.equal(kept[:, :-2], made("nvfp4+soar")[0][:, :-2])
     signs = [made("nvfp4+soar:signs", seed=seed)[0] - whole for seed in (1, 1, 2)]
     assert torch.equal(signs[0], signs[1]) and not torch.equal(signs[0], signs[2])
     torch.testing.assert_close(signs[0].abs(), error.abs(), **near)
@@ -102,7 +104,7 @@ def test_a_variant_that_does_not_exist_is_refused(draws):
     both = draws.Variant.parse("nvfp4+soar:no-clip:only=down_proj")
     assert both == draws.Variant("nvfp4+soar", no_clip=True, only="down_proj")
     for change in ("noclip", "power", "only="):
-        with pytest.raises(ValueError, match=f"'{change}' is none of no-clip"):
+        with pytest.raises(ValueError, match=f"'{change}' is none of no-clip, inputs, .*, keep=, only="):
             draws.Variant.parse(f"nvfp4+soar:{change}")
 
 

@@ -11,6 +11,7 @@ To find what makes a rule better or worse, a rule can be changed, `nvfp4+soar:no
                    is none, the next E4M3 number that does)
     power=P        the rule's choice among its scales by squared errors that weigh |w|^P (soar: of DSS's last three)
     inputs         ... that weigh the mean square of the input they meet on --calibration
+    keep=N         the N columns of each layer whose inputs on --calibration are the largest (in mean square) are not quantised
     reflected      the opposite error: W - (W_hat - W). Half the difference to the rule is what depends on the error's sign
     largest        ... for the largest element of each block alone
     signs          each element's error with a random sign, the same for all rules: what its size alone does
@@ -31,6 +32,7 @@ import torch
 RULES = ("nvfp4", "nvfp4+four-over-six", "nvfp4+soar", "nvfp4+search")
 ERRORS = ("reflected", "largest", "signs")
 BLOCK = 16
+_VALUES = {"power": float, "keep": int, "only": str}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,14 @@ class Variant:
     no_clip: bool = False
     inputs: bool = False
     power: float = 0.0
+    keep: int = 0
     error: str = ""  # one of ERRORS
     only: str = ""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it looks at the layers' inputs."""
+        return self.inputs or self.keep > 0
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -54,10 +62,11 @@ class Variant:
                 given[change.replace("-", "_")] = True
             elif change in ERRORS:
                 given["error"] = change
-            elif key in ("power", "only") and value:
-                given[key] = float(value) if key == "power" else value
+            elif key in _VALUES and value:
+                given[key] = _VALUES[key](value)
             else:
-                raise ValueError(f"{text}: {change!r} is none of no-clip, inputs, power=P, {', '.join(ERRORS)}, only=PATTERN")
+                known = ", ".join(("no-clip", "inputs", *ERRORS, *(f"{key}=" for key in _VALUES)))
+                raise ValueError(f"{text}: {change!r} is none of {known}")
         return cls(words, **given)
 
 
@@ -75,7 +84,7 @@ def operands(weights: list[torch.Tensor], variant: Variant, rule, squares: torch
     """The weights dequantised, BF16, changed as the variant has it (but for `only`).
 
     Args:
-        rule: `packed` of them. squares: mean squares of the inputs, float32 (K,), for `inputs`. seed: of `signs`.
+        rule: `packed` of them. squares: mean squares of the inputs, float32 (K,), for `inputs` and `keep`. seed: of `signs`.
     """
     w = torch.cat(weights).float()
     if variant.no_clip or variant.power or variant.inputs:
@@ -89,6 +98,9 @@ def operands(weights: list[torch.Tensor], variant: Variant, rule, squares: torch
     elif variant.error == "signs":
         signs = torch.randint(0, 2, w.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8).to(w.device)
         w_hat = w + (w_hat - w) * (2 * signs - 1)
+    if variant.keep:
+        columns = squares.topk(variant.keep).indices
+        w_hat[:, columns] = w[:, columns]
     return list(w_hat.bfloat16().split([len(weight) for weight in weights]))
 
 
@@ -199,7 +211,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--noise", type=float, help="first add to weights so many times each 32 elements' root mean square")
     parser.add_argument("--errors", action="store_true", help="also the errors of weights and of outputs on --calibration")
-    parser.add_argument("--calibration", type=Path, help="UTF-8, for --errors and `inputs`; default: the other topics")
+    parser.add_argument("--calibration", type=Path, help="UTF-8, for --errors, `inputs` and `keep`; default: the other topics")
     parser.add_argument("--calibration-tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path, help="write the losses as JSON, after every draw")
     options = parser.parse_args()
@@ -228,7 +240,7 @@ def main() -> None:
     base = token_losses(model, ids, windows).double().mean().item()
     print(f"BF16: perplexity {math.exp(base):.3f} on {len(ids)} tokens")
     moments = {}
-    if options.errors or any(v.inputs for v in variants.values()):
+    if options.errors or any(v.needs_inputs for v in variants.values()):
         first = {group[0]: weights.layers[group[0]] for group in groups}
         moments = moments_of(model, first, tokens(options.calibration, 1, options.calibration_tokens), options.context)
     losses: dict[str, list[float]] = {text: [] for text in variants}
@@ -246,7 +258,7 @@ def main() -> None:
                     for group, c in zip(groups, factors, strict=True)
                 ]
             for k, (group, rule) in enumerate(zip(groups, rules[variant.words], strict=True)):
-                squares = moments[group[0]].second.diagonal() if variant.inputs else None
+                squares = moments[group[0]].second.diagonal() if variant.needs_inputs else None
                 seed = draw * len(groups) + k
                 yield group, operands([weights.originals[name] for name in group], variant, rule, squares, seed)
 
