@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from mxfp4_rl.nn.operand import looks_at_other_rows
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 from mxfp4_rl.recipe import ModelRecipe, RecipeError
+from mxfp4_rl.vllm_plugin.expert_names import MULTIPLE
 from mxfp4_rl.vllm_plugin.expert_product import GATES, recipe_texts, weights_of
 from mxfp4_rl.vllm_plugin.layout import check_cut, fields, why_not_packed
 
@@ -26,7 +27,6 @@ _ROUTING = (  # what a layer says about it, as vLLM's `select_experts` asks
     "top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group", "custom_routing_function", "scoring_func",
     "routed_scaling_factor", "e_score_correction_bias",
 )  # fmt: skip
-_MULTIPLE = 16  # of an expert's widths, for the grouped kernels
 
 
 def check_layer(layer: torch.nn.Module, prefix: str, recipes: dict[str, ModelRecipe | None]) -> None:
@@ -49,8 +49,8 @@ def check_layer(layer: torch.nn.Module, prefix: str, recipes: dict[str, ModelRec
     if layer.apply_router_weight_on_input:
         refuse("it weighs its experts' inputs instead of their outputs")
     widths = config.hidden_dim, config.intermediate_size_per_partition
-    if any(width % _MULTIPLE for width in widths):
-        refuse(f"its widths {widths} are no multiples of {_MULTIPLE}, as the grouped kernels need them")
+    if any(width % MULTIPLE for width in widths):
+        refuse(f"its widths {widths} are no multiples of {MULTIPLE}, as the grouped kernels need them")
     for recipe in recipes.values():
         if recipe and recipe.activation and looks_at_other_rows(recipe.activation):
             refuse(
