@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -256,6 +258,81 @@ def test_the_runner_resumes_skips_and_reports(tmp_path, task, capsys):
     text = report.write_report(out, out / "left_out.md").read_text()
     assert "gradient was not finite: bf16/seed0 2." in text
     assert "**Missing: 8 runs.**" in text and "w4a16, seed 0: not started" in text  # of the whole ladder
+
+
+class Sleepers(run.Runner):
+    """Runs that do nothing but last, and may break the runner."""
+
+    broken = False
+
+    def command(self, folder):
+        return [sys.executable, "-c", "import time; time.sleep(60)" if folder.name == "seed0" else ""]
+
+    def _ended(self, folder, process):
+        if self.broken:
+            raise OSError("disk full")
+        super()._ended(folder, process)
+
+
+def test_no_run_goes_on_when_the_runner_breaks(tmp_path):
+    runner = Sleepers(tmp_path, Options.from_dict(SMALL), [(RUNGS["bf16"], seed) for seed in (0, 1)], jobs=2)
+    runner.broken, children = True, []
+    start = runner._start
+
+    def remember(slot, folder):
+        start(slot, folder)
+        children.append(runner.running[slot][1])
+
+    runner._start = remember
+    with pytest.raises(OSError, match="disk full"):
+        runner.go(grace=30)
+    assert len(children) == 2 and all(child.poll() is not None for child in children)
+
+
+def test_a_run_that_starts_while_the_runner_is_told_to_stop_is_told_too(tmp_path):
+    runner = Sleepers(tmp_path, Options.from_dict(SMALL), [(RUNGS["bf16"], 0)])
+    runner.stop()  # between the decision to start and the start
+    runner._start(0, runner.waiting.pop())
+    assert runner.running[0][1].wait(timeout=30) == -signal.SIGTERM
+
+
+def test_what_is_asked_of_the_runner_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ValueError, match="--gpus 4, but CUDA_VISIBLE_DEVICES=4,5 shows 2"):
+        run.Runner(tmp_path, Options.from_dict(SMALL), [], gpus=4)
+    for main in (run.main, through_verl.main):
+        with pytest.raises(SystemExit):
+            main(["--out", str(tmp_path), "--jobs", "0"])
+        assert "--jobs 0: give 1 or more" in capsys.readouterr().err
+    assert report.missing_runs({}, ["bf16"], range(3, 5)) == ["bf16, seed 3: not started", "bf16, seed 4: not started"]
+
+
+def test_a_run_waits_for_anothers_warm_up_only_until_it_is_told_to_stop(tmp_path):
+    one, file = grpo.Run.__new__(grpo.Run), tmp_path / "start.pt"
+    one.stop = threading.Event()
+    with grpo.FileLock(f"{file}.lock"):
+        threading.Timer(0.2, one.stop.set).start()
+        with pytest.raises(InterruptedError), one._alone_with(file):
+            raise AssertionError("it was another's turn")
+
+
+def test_runs_of_another_verl_configuration_are_other_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(through_verl, "start_of", lambda out, options: out / "start")
+    options, runs = Options.from_dict(SMALL), [(RUNGS["bf16"], 0)]
+    through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "one_gpu", [])
+    through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "one_gpu", [])
+    with pytest.raises(ValueError, match="config_name: stored one_gpu, asked for two_gpus"):
+        through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "two_gpus", [])
+    with pytest.raises(ValueError, match="more: stored"):
+        through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "one_gpu", ["actor_rollout_ref.actor.optim.lr=1"])
+
+
+def test_a_run_whose_validation_cannot_be_read_has_failed_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(through_verl, "start_of", lambda out, options: out / "start")
+    monkeypatch.setattr(through_verl.VerlRunner, "command", Sleepers.command)
+    runner = through_verl.VerlRunner(tmp_path, Options.from_dict(SMALL), [(RUNGS["bf16"], 1)], 1, 1, "one_gpu", [])
+    runner.began = defaultdict(float)
+    assert runner.go() == 1 and "was validated at steps []" in capsys.readouterr().out
 
 
 def test_intervals():

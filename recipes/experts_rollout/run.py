@@ -80,7 +80,8 @@ def experts_equal(held: torch.nn.Module, layers: dict) -> dict:
         for own in method.recipes:
             weight = method.weight(module, own)
             ours = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.bfloat16)
-            if not torch.equal(ours, layers[f"{name}.{own}"].weight_operand(torch.bfloat16)):
+            trained = layers[f"{name.removesuffix('.routed_experts')}.{own}"]  # from vLLM 0.24 on one level deeper
+            if not torch.equal(ours, trained.weight_operand(torch.bfloat16)):
                 return {"experts_equal": False, "first_difference": f"{name}.{own}"}
             compared += 1
     return {"experts_equal": compared > 0, "experts_compared": compared}
@@ -144,7 +145,7 @@ def measure(arguments) -> dict:
     if recipe is not None:
         attempt("paths", lambda: {"paths": held_paths(llm)})
     phase(f"{arguments.variant}: rollout: {row.get('paths', 'BF16')}")
-    agree(llm, recipe, arguments, attempt)
+    agree(llm, recipe, arguments, attempt, row)
     gc.collect()
     torch.cuda.empty_cache()
     tell(row)  # should timing be cut short
@@ -157,7 +158,7 @@ def measure(arguments) -> dict:
     return row
 
 
-def agree(llm, recipe, arguments, attempt) -> None:
+def agree(llm, recipe, arguments, attempt, row: dict) -> None:
     """All that needs the trainer's model, which is gone afterwards."""
     from mxfp4_rl.nn import convert, converted_layers
     from mxfp4_rl.vllm_plugin import offline
@@ -177,6 +178,7 @@ def agree(llm, recipe, arguments, attempt) -> None:
     if recipe is not None and shipments:
         attempt("checksum", lambda: checksums(held, shipments[0]))
         attempt("compare", lambda: experts_equal(held, converted_layers(model)))
+        row["errors"] += [f"{name} is false" for name in ("checksum_equal", "experts_equal") if row.get(name) is False]
     if shipments:
         attempt("generate and compare", lambda: k3_of(llm, model, arguments))
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -106,6 +106,29 @@ class Run:
     def _new_optimiser(self, lr: float) -> None:
         self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=self.options.weight_decay)
 
+    @contextmanager
+    def _alone_with(self, file: Path):
+        """While no other run makes `file`.
+
+        Raises:
+            InterruptedError: told to stop, before it was this run's turn.
+        """
+        lock = FileLock(f"{file}.lock")
+        while True:
+            if self.stop.is_set():
+                raise InterruptedError
+            try:
+                lock.acquire(timeout=1)
+                break
+            except Timeout:
+                continue
+        try:
+            if self.stop.is_set():
+                raise InterruptedError
+            yield
+        finally:
+            lock.release()
+
     def _warm_up(self, work: Path) -> None:
         """The shared supervised phase on the training answers, or its result where another run has made it.
 
@@ -120,7 +143,7 @@ class Run:
         )
         file = work / "warmup" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # whoever comes first trains, the others wait
+        with self._alone_with(file):  # whoever comes first trains, the others wait
             if not file.is_file():
                 score = fmean(self.validate(free_reply(o))) if o.validate_every else None
                 self._new_optimiser(o.warmup_lr)

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -254,19 +255,21 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def missing_runs(by_rung: dict[str, list[StoredRun]], rungs: list[str], seeds: int) -> list[str]:
+def missing_runs(by_rung: dict[str, list[StoredRun]], rungs: list[str], seeds: Collection[int]) -> list[str]:
     """One line for each run that should be there and is not at its end."""
     out = []
     for name in rungs:
         stored = {run.seed: run for run in by_rung.get(name, [])}
-        for seed in sorted({*range(seeds), *stored} or {0}):
+        for seed in sorted({*seeds, *stored} or {0}):
             state = stored[seed].state if seed in stored else "not started"
             if state != "done":
                 out.append(f"{name}, seed {seed}: {state}")
     return out
 
 
-def write_report(out: Path, page: Path, rungs: list[str] | None = None, seeds: int = 0, preface: Path | None = None) -> Path:
+def write_report(
+    out: Path, page: Path, rungs: list[str] | None = None, seeds: Collection[int] = (), preface: Path | None = None
+) -> Path:
     """Write the page of the runs in `out`, and its figures to a folder of the page's name beside it; returns the page.
 
     Args:
@@ -377,7 +380,7 @@ def main() -> None:
     parser.add_argument("--preface", type=Path, help="Markdown that the page begins with")
     a = parser.parse_args()
     rungs = [rung.name for rung in chosen(a.rungs)] if a.rungs else None
-    print(write_report(a.runs, a.out, rungs, a.seeds, a.preface))
+    print(write_report(a.runs, a.out, rungs, range(a.seeds), a.preface))
 
 
 if __name__ == "__main__":

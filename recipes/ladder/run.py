@@ -36,6 +36,9 @@ class Runner:
 
     def __init__(self, out: Path, options: Options, runs: list[tuple[Rung, int]], jobs: int = 1, gpus: int = 1):
         self.out, self.jobs, self.gpus = out.absolute(), jobs, gpus
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        if gpus > 1 and len(self.visible) < gpus:
+            raise ValueError(f"--gpus {gpus}, but CUDA_VISIBLE_DEVICES={','.join(self.visible)} shows {len(self.visible)}")
         self.revision = git_revision()
         for file in sorted(self.out.glob("*/seed*/config.json")):
             # By way of Options: a run from before there was an option had its default.
@@ -58,15 +61,15 @@ class Runner:
             ValueError: the folder holds a run of other options.
         """
         folder = self.out / rung.name / f"seed{seed}"
-        config = {**rung.config(), "seed": seed, "options": vars(options), "work": str(self.out)}
+        config = {**rung.config(), "seed": seed, "options": vars(options), "work": str(self.out), **self.identity}
         config |= {"git": self.revision, "device": device_name(), "versions": versions()}
         file = folder / "config.json"
         if file.is_file():
             stored = json.loads(file.read_text())
             now = json.loads(json.dumps(config))
-            differ = [k for k in _IDENTITY if stored[k] != now[k]]
+            differ = [k for k in (*_IDENTITY, *self.identity) if stored.get(k) != now[k]]
             if differ:
-                shown = "; ".join(f"{k}: stored {_changed(stored[k], now[k])}" for k in differ)
+                shown = "; ".join(f"{k}: stored {_changed(stored.get(k), now[k])}" for k in differ)
                 raise ValueError(f"{folder} holds another run ({shown}): give its options again, or another --out")
             config = stored | {"work": config["work"]}  # the folder may have been moved; the rest is the run's own
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,22 +80,36 @@ class Runner:
         """Run until all is done or the limit; returns the exit code. Runs that outlive `grace` seconds more are killed."""
         end = time.monotonic() + (time_limit or float("inf"))
         print(f"{self.finished_before} runs were done, {len(self.waiting)} to do, {self.jobs} at once", flush=True)
-        while self.running or (self.waiting and not self.stopping):
-            if not self.stopping and time.monotonic() >= end:
-                print("time limit: telling the runs to end after their step", flush=True)
-                self.stop()
-            if self.stopping and time.monotonic() >= self.told + grace:
-                for _, process in self.running.values():
-                    process.kill()  # what it had since its last checkpoint is lost
-            for slot in range(self.jobs):
-                if slot in self.running and self.running[slot][1].poll() is not None:
-                    self._ended(*self.running.pop(slot))
-                if slot not in self.running and self.waiting and not self.stopping:
-                    self._start(slot, self.waiting.pop(0))
-            time.sleep(0.1)
+        try:
+            while self.running or (self.waiting and not self.stopping):
+                self._turn(end, grace)
+                time.sleep(0.1)
+        except BaseException:  # whatever it is: no run goes on that nobody watches
+            self.stop()
+            while any(process.poll() is None for _, process in self.running.values()):
+                self._kill_late(grace)
+                time.sleep(0.1)
+            raise
         left = len(self.unfinished) + len(self.waiting)
         print(f"{left} runs have more to do, {len(self.failed)} failed", flush=True)
         return 1 if self.failed else MORE_TO_DO if left else 0
+
+    def _turn(self, end: float, grace: float) -> None:
+        """One look at the clock and at every slot."""
+        if not self.stopping and time.monotonic() >= end:
+            print("time limit: telling the runs to end after their step", flush=True)
+            self.stop()
+        self._kill_late(grace)
+        for slot in range(self.jobs):
+            if slot in self.running and self.running[slot][1].poll() is not None:
+                self._ended(*self.running.pop(slot))
+            if slot not in self.running and self.waiting and not self.stopping:
+                self._start(slot, self.waiting.pop(0))
+
+    def _kill_late(self, grace: float) -> None:
+        if self.stopping and time.monotonic() >= self.told + grace:
+            for _, process in self.running.values():
+                process.kill()  # what it had since its last checkpoint is lost
 
     def stop(self, *_) -> None:
         """Tell the runs to end after the step they are in."""
@@ -101,6 +118,7 @@ class Runner:
             for _, process in self.running.values():
                 process.send_signal(signal.SIGTERM)
 
+    identity: dict[str, object] = {}  # what else makes a run another run, kept in config.json
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # unless the user's own says otherwise
 
     def command(self, folder: Path) -> list[str]:
@@ -117,11 +135,12 @@ class Runner:
         environment = own | self.environment | os.environ | {"LADDER_JOBS": str(self.jobs), "LADDER_REVISION": self.revision}
         environment["LADDER_BEGAN"] = str(time.time())
         if self.gpus > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.gpus)))).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[slot % self.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = self.visible[slot % self.gpus]
         with (folder / "log.txt").open("a") as log:
             process = subprocess.Popen(self.command(folder), stdout=log, stderr=log, env=environment)
         self.running[slot] = folder, process
+        if self.stopping:  # told between the decision to start and here
+            process.send_signal(signal.SIGTERM)
         print(f"{folder.relative_to(self.out)}: started", flush=True)
 
     def _ended(self, folder: Path, process: subprocess.Popen) -> None:
@@ -185,6 +204,13 @@ def setting(text: str) -> tuple[str, object]:
         return key, value
 
 
+def check_counts(**given: int) -> None:
+    """Raise ValueError unless every argument, by its name on the command line, is at least 1."""
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"--{name} {value}: give 1 or more")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs")
@@ -203,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print rungs and options, run nothing")
     a = parser.parse_args(arguments)
     try:
+        check_counts(seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
         rungs, options = chosen(a.rungs), Options.from_dict({**PRESETS[a.preset], **dict(a.set)})
         if a.list:
             print(json.dumps({"options": vars(options), "rungs": {r.name: r.label for r in rungs}}, indent=1))
@@ -216,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = runner.go(a.time_limit, a.grace)
     from recipes.ladder.report import write_report
 
-    page = write_report(a.out, a.report or a.out / "results.md", [r.name for r in rungs], a.seeds, a.preface)
+    page = write_report(a.out, a.report or a.out / "results.md", [r.name for r in rungs], seeds, a.preface)
     print(f"report: {page}", flush=True)
     return code
 

@@ -17,20 +17,32 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from mxfp4_rl.monitor.experts import EXPERTS_FILE
 from mxfp4_rl.recipe import ModelRecipe
 from recipes.ladder.options import Options, record_session, write_atomically
-from recipes.ladder.run import Runner, device_name, setting
+from recipes.ladder.run import Runner, check_counts, device_name, setting
 from recipes.ladder.rungs import PRESETS, RUNGS, Rung, chosen
 
 DECIDING = ["bf16", "w4a4", "w4a4+mbs+of1"]
 _OPERANDS = ("weight", "activation", "grad")
 
 
-def make_start(out: Path, options: Options) -> Path:
-    """The checkpoint that all runs begin with: the model after the ladder's supervised start, in FP32."""
+def start_of(out: Path, options: Options) -> Path:
+    """The checkpoint that all runs begin with: the model after the ladder's supervised start, in FP32; made if missing.
+
+    Raises:
+        RuntimeError: it could not be made.
+    """
     folder = out / "start"
-    if (folder / "config.json").is_file():
-        return folder
+    if not (folder / "config.json").is_file():
+        # In a process of its own, so that no GPU memory stays taken when vLLM claims its share.
+        made = subprocess.run([sys.executable, __file__, "--out", str(out), "--make-start", json.dumps(vars(options))])
+        if made.returncode:
+            raise RuntimeError(f"the supervised start could not be made in {out} (exit code {made.returncode}, see above)")
+    return folder
+
+
+def make_start(out: Path, options: Options) -> None:
     from transformers import AutoTokenizer
 
     from recipes.ladder.grpo import Run
@@ -46,8 +58,7 @@ def make_start(out: Path, options: Options) -> Path:
         parameter.data.copy_(master.data)
     run.model.save_pretrained(made)
     AutoTokenizer.from_pretrained(source).save_pretrained(made)
-    made.rename(folder)
-    return folder
+    made.rename(out / "start")
 
 
 def overrides_of(rung: Rung, seed: int, options: Options, start: Path, folder: Path) -> list[str]:
@@ -64,6 +75,7 @@ def overrides_of(rung: Rung, seed: int, options: Options, start: Path, folder: P
     return [
         f"actor_rollout_ref.model.path={start}", f"mxfp4.task={_hydra(o.task)}", f"mxfp4.run_dir={folder}",
         f"trainer.experiment_name={rung.name.replace('+', '_')}", "trainer.logger=[console]",
+        "trainer.resume_mode=disable",
         f"trainer.total_training_steps={o.steps}", f"trainer.test_freq={validate}",
         f"trainer.val_before_train={validate > 0}".lower(), f"trainer.validation_data_dir={folder / 'validation'}",
         f"data.seed={seed + 1}", f"data.train_batch_size={o.prompts}", "data.val_batch_size=null",
@@ -135,13 +147,15 @@ class VerlRunner(Runner):
     def __init__(
         self, out: Path, options: Options, runs: list[tuple[Rung, int]], jobs: int, gpus: int, name: str, more: list[str]
     ):
-        super().__init__(out, options, runs, jobs, gpus)
         self.options, self.name, self.more, self.began = options, name, more, {}
-        self.start = make_start(self.out, options)
+        self.identity = {"config_name": name, "more": more}
+        super().__init__(out, options, runs, jobs, gpus)
+        self.start = start_of(self.out, options)
 
     def command(self, folder: Path) -> list[str]:
         self.began[folder] = time.time()
-        for old in (folder / "metrics.jsonl", *(folder / "validation").glob("*.jsonl")):  # of a run that was cut off
+        of_a_run_that_was_cut_off = (folder / name for name in ("metrics.jsonl", EXPERTS_FILE))
+        for old in (*of_a_run_that_was_cut_off, *(folder / "validation").glob("*.jsonl")):
             old.unlink(missing_ok=True)
         rung, seed = RUNGS[folder.parent.name], int(folder.name.removeprefix("seed"))
         own = overrides_of(rung, seed, self.options, self.start, folder)
@@ -153,7 +167,11 @@ class VerlRunner(Runner):
         record_session(folder / "sessions.json", session)
         super()._ended(folder, process)
         if process.returncode == 0:
-            collect(folder, self.start, self.options)
+            try:
+                collect(folder, self.start, self.options)
+            except ValueError as error:
+                self.failed.append(folder)
+                print(f"{folder.relative_to(self.out)}: {error}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,8 +186,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config-name", default="one_gpu", help="verl configuration that the options are put on")
     parser.add_argument("--time-limit", type=float, help="seconds after which runs are ended")
     parser.add_argument("--more", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of verl's configuration")
+    parser.add_argument("--make-start", help=argparse.SUPPRESS)
     a = parser.parse_args(arguments)
+    if a.make_start:
+        make_start(a.out, Options.from_dict(json.loads(a.make_start)))
+        return 0
     try:
+        check_counts(seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
         options = Options.from_dict({**PRESETS[a.preset], **dict(a.set)})
         runs = [(rung, seed) for seed in range(a.seeds) for rung in chosen(a.rungs)]
         runner = VerlRunner(a.out, options, runs, a.jobs, a.gpus, a.config_name, a.more)
