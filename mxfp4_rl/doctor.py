@@ -286,7 +286,9 @@ def _vllm() -> Iterator[Check]:
     try:
         found = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        text = "not installed: rollouts are rollout.name=mxfp4_hf" + (", much slower" if on_gpu else "; vLLM needs a GPU")
+        text = "not installed: rollouts are rollout.name=mxfp4_hf" + (
+            ", much slower" if on_gpu else "; on CPUs vLLM is for tests (`make vllm`)"
+        )
         yield Check("vllm", WARNING if on_gpu else OK, text, fix if on_gpu else None)
         return
     fits = SpecifierSet(SUPPORTED).contains(found, prereleases=True)

@@ -77,6 +77,18 @@ def test_vllm_must_be_there_and_of_a_version_that_the_plugin_fits(monkeypatch):
         check()
 
 
+def test_vllm_is_the_build_for_the_runs_device(monkeypatch):
+    with pytest.raises(LaunchError, match=r"needs a GPU .* or vLLM's build for CPUs.*installed: 0\.22\.0"):
+        check("quickstart_vllm")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.22.0+cpu")
+    monkeypatch.setattr(vllm_plugin, "lacks", lambda: [])
+    with pytest.raises(LaunchError, match=r"vLLM 0\.22\.0\+cpu is its build for CPUs, but trainer\.device=cuda"):
+        check()
+    with pytest.raises(LaunchError, match="enable_sleep_mode"):
+        check("quickstart_vllm", "actor_rollout_ref.rollout.enable_sleep_mode=true")
+    check("quickstart_vllm")
+
+
 def test_what_vllm_imports_for_any_quantised_model_must_be_there(monkeypatch):
     asked = ["torch==2.11.0", "humming-kernels[cu13]==0.1.2; python_version >= '3'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)

@@ -154,20 +154,32 @@ def check_vllm(config: DictConfig, off: str) -> None:
     try:
         found = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
+        found = None
+    on_cpu = config.trainer.device == "cpu"
+    if on_cpu and not is_for_cpus(found or ""):
+        raise LaunchError(
+            f"actor_rollout_ref.rollout.name=vllm with trainer.device=cpu: it needs a GPU (trainer.device=cuda), or vLLM's build "
+            f"for CPUs, a version X.Y.Z+cpu (`make vllm`; installed: {found or 'no vLLM'}); or use rollout.name={HF_ROLLOUT}"
+        )
+    if found is None:
         raise LaunchError(
             f"actor_rollout_ref.rollout.name=vllm, but vLLM is not installed: pip install 'vllm{SUPPORTED}', or use "
             f"rollout.name={HF_ROLLOUT}"
-        ) from None
+        )
     if not SpecifierSet(SUPPORTED).contains(found, prereleases=True):
         raise LaunchError(
             f"vLLM {found} is outside what the plugin was made for ({SUPPORTED}): pip install 'vllm{SUPPORTED}', or use "
             f"rollout.name={HF_ROLLOUT}"
         )
-    if (config.trainer.device == "cpu") != is_for_cpus(found):
+    if not on_cpu and is_for_cpus(found):
         raise LaunchError(
-            f"trainer.device={config.trainer.device} with rollout.name=vllm, but vLLM {found} is "
-            f"{'the build for CPUs' if is_for_cpus(found) else 'a build for GPUs; the one for CPUs has a version X.Y.Z+cpu'}: "
-            f"install the other one, or use rollout.name={HF_ROLLOUT}"
+            f"vLLM {found} is its build for CPUs, but trainer.device={config.trainer.device}: pip install 'vllm{SUPPORTED}', "
+            f"or use rollout.name={HF_ROLLOUT}"
+        )
+    if on_cpu and rollout.get("enable_sleep_mode", True):
+        raise LaunchError(
+            "actor_rollout_ref.rollout.enable_sleep_mode (true unless set) has nothing to free on a CPU, and vLLM refuses it: "
+            "set +actor_rollout_ref.rollout.enable_sleep_mode=false, as configs/quickstart_vllm.yaml does"
         )
     if missing := lacks():
         raise LaunchError(f"vLLM {found} lacks what it imports for a quantised model: pip install '{missing[0]}', or {off}")
