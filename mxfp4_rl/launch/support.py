@@ -158,8 +158,8 @@ def check_vllm(config: DictConfig, off: str) -> None:
     on_cpu = config.trainer.device == "cpu"
     if on_cpu and not is_for_cpus(found or ""):
         raise LaunchError(
-            f"actor_rollout_ref.rollout.name=vllm with trainer.device=cpu: it needs a GPU (trainer.device=cuda), or vLLM's build "
-            f"for CPUs, a version X.Y.Z+cpu (`make vllm`; installed: {found or 'no vLLM'}); or use rollout.name={HF_ROLLOUT}"
+            f"actor_rollout_ref.rollout.name=vllm with trainer.device=cpu: it needs a GPU (trainer.device=cuda), or vLLM's "
+            f"build for CPUs, X.Y.Z+cpu (`make vllm`; installed: {found or 'no vLLM'}); or use rollout.name={HF_ROLLOUT}"
         )
     if found is None:
         raise LaunchError(
