@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from mxfp4_rl.recipe import ModelRecipe
 
 METHOD = "mxfp4_rl"
-SUPPORTED = ">=0.22,<0.25"  # versions of vLLM: 0.22.0 was run, 0.24.0 was read
+SUPPORTED = ">=0.22,<0.25"  # versions of vLLM: 0.22.0 was run on GPUs and CPUs, 0.24.0 on CPUs
 
 _ALWAYS_IMPORTED = {"humming-kernels": "humming"}  # by vLLM 0.22 for any quantised model: package -> module
 
