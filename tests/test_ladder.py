@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -46,6 +47,15 @@ def task(tmp_path_factory):
     made = resolve_task("arithmetic", folder)
     files = {"train": str(made.train_path), "val": str(made.val_path), "reward": "tests.test_ladder:reward_digits"}
     return {"model": str(make_tiny_model(folder / "tiny")), "task": files}
+
+
+@pytest.fixture
+def own_handlers():
+    """The handlers that a command sets are gone after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def prepared(folder, task, config, seed=0, **options):
@@ -298,22 +308,54 @@ def test_a_run_that_starts_while_the_runner_is_told_to_stop_is_told_too(tmp_path
 
 def test_what_is_asked_of_the_runner_is_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(ValueError, match="--gpus 4, but CUDA_VISIBLE_DEVICES=4,5 shows 2"):
+    with pytest.raises(ValueError, match=r"--gpus 4, but CUDA_VISIBLE_DEVICES shows 2 \(4,5\)"):
         run.Runner(tmp_path, Options.from_dict(SMALL), [], gpus=4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(run, "_of_all_gpus", lambda what: ["0", "1", "2"])
+    with pytest.raises(ValueError, match=r"--gpus 4, but nvidia-smi shows 3 \(0,1,2\)"):
+        run.Runner(tmp_path, Options.from_dict(SMALL), [], gpus=4)
+    assert run.Runner(tmp_path, Options.from_dict(SMALL), [], gpus=3).visible == ["0", "1", "2"]
+    monkeypatch.setattr(through_verl, "start_of", lambda out, options: pytest.fail("nothing is to start"))
     for main in (run.main, through_verl.main):
-        with pytest.raises(SystemExit):
-            main(["--out", str(tmp_path), "--jobs", "0"])
-        assert "--jobs 0: give 1 or more" in capsys.readouterr().err
+        for option, value, told in (
+            ("--jobs", "0", "give 1 or more"), ("--gpus", "-1", "give 1 or more"), ("--seeds", "0", "give 1 or more"),
+            ("--time-limit", "0", "give more than 0"), ("--time-limit", "-5", "give more than 0"),
+        ):  # fmt: skip
+            with pytest.raises(SystemExit):
+                main(["--out", str(tmp_path), option, value])
+            assert f"{option} {value}: {told}" in capsys.readouterr().err
+
+
+def test_the_page_misses_only_the_seeds_that_were_asked_for(tmp_path, monkeypatch, own_handlers):
     assert report.missing_runs({}, ["bf16"], range(3, 5)) == ["bf16, seed 3: not started", "bf16, seed 4: not started"]
+    asked = []
+    monkeypatch.setattr(report, "write_report", lambda *a: asked.append(a[3]))
+    monkeypatch.setattr(run.Runner, "go", lambda *_: 0)
+    run.main(["--out", str(tmp_path), "--rungs", "bf16", "--seeds", "2", "--first-seed", "3"])
+    report.main([str(tmp_path), "--seeds", "2", "--first-seed", "3"])
+    assert asked == [range(3, 5)] * 2
 
 
 def test_a_run_waits_for_anothers_warm_up_only_until_it_is_told_to_stop(tmp_path):
-    one, file = grpo.Run.__new__(grpo.Run), tmp_path / "start.pt"
+    one, file, made = grpo.Run.__new__(grpo.Run), tmp_path / "start.pt", []
     one.stop = threading.Event()
     with grpo.FileLock(f"{file}.lock"):
         threading.Timer(0.2, one.stop.set).start()
-        with pytest.raises(InterruptedError), one._alone_with(file):
+        with pytest.raises(InterruptedError), grpo._alone_with(file, one.stop):
             raise AssertionError("it was another's turn")
+    one.options, one.data = Options.from_dict({**SMALL, "warmup_steps": 1}), None
+    one.validate = made.append
+    with pytest.raises(InterruptedError):  # its turn now, but it was told before
+        one._warm_up(tmp_path)
+    assert made == []
+
+
+def test_a_run_waits_for_anothers_mixture_only_until_it_is_told_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "write_mixture", lambda *_, **__: pytest.fail("it was another's turn"))
+    options, stop = Options.from_dict({**SMALL, "upcycle": {"slices": 2}}), threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedError):
+        grpo._checkpoint(options, tmp_path, stop)
 
 
 def test_runs_of_another_verl_configuration_are_other_runs(tmp_path, monkeypatch):
@@ -325,6 +367,46 @@ def test_runs_of_another_verl_configuration_are_other_runs(tmp_path, monkeypatch
         through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "two_gpus", [])
     with pytest.raises(ValueError, match="more: stored"):
         through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "one_gpu", ["actor_rollout_ref.actor.optim.lr=1"])
+
+
+def test_a_run_through_verl_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(through_verl, "start_of", lambda out, options: out / "start")
+    options = Options.from_dict({**PRESETS["gpu"], "steps": 4})
+    runner = through_verl.VerlRunner(tmp_path, options, [(RUNGS["bf16"], 0)], 1, 1, "one_gpu", [])
+    (folder,) = runner.waiting
+    left = [folder / name for name in ("metrics.jsonl", "experts.jsonl", "validation/4.jsonl")]
+    left[-1].parent.mkdir()
+    for file in left:
+        file.touch()
+    assert "trainer.resume_mode=disable" in runner.command(folder)
+    assert not any(file.exists() for file in left)
+
+
+def test_the_start_is_made_in_a_process_of_its_own_whose_failure_is_told(tmp_path, task, capfd, own_handlers):
+    options = {**SMALL, **task, "warmup_steps": 1, "warmup_batch": 4}
+    start = through_verl.start_of(tmp_path, Options.from_dict(options))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in start.iterdir()}
+    options |= {"model": str(tmp_path / "no-such-model")}
+    given = ["--set", *(f"{k}={json.dumps(v)}" for k, v in options.items()), "--out", str(tmp_path / "other")]
+    assert through_verl.main(given) == 1
+    told = capfd.readouterr().err
+    assert "no-such-model" in told and "the supervised start could not be made" in told and "exit code 1" in told
+
+
+def test_a_command_that_is_ended_early_ends_the_process_that_makes_the_start(tmp_path, monkeypatch, own_handlers):
+    children, here = [], threading.main_thread().ident
+
+    class Slow(subprocess.Popen):
+        def __init__(self, command, **_):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(60)"])
+            children.append(self)
+            threading.Timer(0.2, signal.pthread_kill, [here, signal.SIGTERM]).start()
+
+    monkeypatch.setattr(through_verl, "VerlRunner", lambda out, options, *_: through_verl.start_of(out, options))
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    with pytest.raises(SystemExit) as ended:
+        through_verl.main(["--out", str(tmp_path)])
+    assert ended.value.code == MORE_TO_DO and children[0].returncode == -signal.SIGKILL
 
 
 def test_a_run_whose_validation_cannot_be_read_has_failed_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -74,7 +74,7 @@ class Run:
         self.options, self.seed, work = Options.from_dict(config["options"]), config["seed"], Path(config["work"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(self.seed)  # stochastic rounding draws from it, nothing else does
-        path = _checkpoint(self.options, work)
+        path = _checkpoint(self.options, work, self.stop)
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.data = Data(self.options, tokenizer, work)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(self.device).eval()
@@ -106,29 +106,6 @@ class Run:
     def _new_optimiser(self, lr: float) -> None:
         self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=self.options.weight_decay)
 
-    @contextmanager
-    def _alone_with(self, file: Path):
-        """While no other run makes `file`.
-
-        Raises:
-            InterruptedError: told to stop, before it was this run's turn.
-        """
-        lock = FileLock(f"{file}.lock")
-        while True:
-            if self.stop.is_set():
-                raise InterruptedError
-            try:
-                lock.acquire(timeout=1)
-                break
-            except Timeout:
-                continue
-        try:
-            if self.stop.is_set():
-                raise InterruptedError
-            yield
-        finally:
-            lock.release()
-
     def _warm_up(self, work: Path) -> None:
         """The shared supervised phase on the training answers, or its result where another run has made it.
 
@@ -143,7 +120,7 @@ class Run:
         )
         file = work / "warmup" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone_with(file):  # whoever comes first trains, the others wait
+        with _alone_with(file, self.stop):  # whoever comes first trains, the others wait
             if not file.is_file():
                 score = fmean(self.validate(free_reply(o))) if o.validate_every else None
                 self._new_optimiser(o.warmup_lr)
@@ -405,14 +382,39 @@ class Run:
         record_session(self.folder / "sessions.json", {"began": self.began, **self.machine, **own})
 
 
-def _checkpoint(options: Options, work: Path) -> str:
-    """The folder of the model that the runs start from; a mixture is made once in the runs' folder, by whoever comes first."""
+@contextmanager
+def _alone_with(file: Path, stop: threading.Event):
+    """While no other run makes `file`.
+
+    Raises:
+        InterruptedError: told to stop, before it was this run's turn.
+    """
+    lock = FileLock(f"{file}.lock")
+    while not lock.is_locked:
+        if stop.is_set():
+            raise InterruptedError
+        with suppress(Timeout):
+            lock.acquire(timeout=1)
+    try:
+        if stop.is_set():
+            raise InterruptedError
+        yield
+    finally:
+        lock.release()
+
+
+def _checkpoint(options: Options, work: Path, stop: threading.Event) -> str:
+    """The folder of the model that the runs start from; a mixture is made once in the runs' folder, by whoever comes first.
+
+    Raises:
+        InterruptedError: told to stop while another run made the mixture.
+    """
     if options.upcycle is None:
         return str(ensure_embedded_model()) if options.model == EMBEDDED_MODEL_NAME else options.model
     key = json.dumps([options.model, options.upcycle], sort_keys=True)
     folder = work / "mixtures" / hashlib.sha256(key.encode()).hexdigest()[:12]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _alone_with(folder, stop):
         if not folder.is_dir():
             write_mixture(options.model, folder, **options.upcycle)
     return str(folder)

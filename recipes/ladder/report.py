@@ -371,16 +371,17 @@ def _provenance(runs: list[StoredRun]) -> list[str]:
     return [config["label"], folders, states, ", ".join(sorted(revisions)), ", ".join(sorted(devices)), versions]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the runner's --out")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--seeds", type=int, default=0, help="seeds that each rung should have; default: those it has")
+    parser.add_argument("--first-seed", type=int, default=0, help="of them")
     parser.add_argument("--rungs", nargs="+", help="what should be there, names or groups; default: the ladder")
     parser.add_argument("--preface", type=Path, help="Markdown that the page begins with")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     rungs = [rung.name for rung in chosen(a.rungs)] if a.rungs else None
-    print(write_report(a.runs, a.out, rungs, range(a.seeds), a.preface))
+    print(write_report(a.runs, a.out, rungs, range(a.first_seed, a.first_seed + a.seeds), a.preface))
 
 
 if __name__ == "__main__":

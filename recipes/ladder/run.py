@@ -32,13 +32,18 @@ _LOOP = Path(__file__).with_name("grpo.py")
 
 
 class Runner:
-    """Starts, watches and ends the runs. `runs`: (rung, seed) in the order in which they shall start."""
+    """Starts, watches and ends the runs. `runs`: (rung, seed) in the order in which they shall start.
+
+    Raises:
+        ValueError: `gpus` is more than there are to see, or `out` holds runs of other options.
+    """
 
     def __init__(self, out: Path, options: Options, runs: list[tuple[Rung, int]], jobs: int = 1, gpus: int = 1):
         self.out, self.jobs, self.gpus = out.absolute(), jobs, gpus
-        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        self.visible = visible_gpus() if gpus > 1 else []
         if gpus > 1 and len(self.visible) < gpus:
-            raise ValueError(f"--gpus {gpus}, but CUDA_VISIBLE_DEVICES={','.join(self.visible)} shows {len(self.visible)}")
+            where = "CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else "nvidia-smi"
+            raise ValueError(f"--gpus {gpus}, but {where} shows {len(self.visible)} ({','.join(self.visible)})")
         self.revision = git_revision()
         for file in sorted(self.out.glob("*/seed*/config.json")):
             # By way of Options: a run from before there was an option had its default.
@@ -114,7 +119,7 @@ class Runner:
     def stop(self, *_) -> None:
         """Tell the runs to end after the step they are in."""
         if not self.stopping:
-            self.stopping, self.told = True, time.monotonic()
+            self.told, self.stopping = time.monotonic(), True
             for _, process in self.running.values():
                 process.send_signal(signal.SIGTERM)
 
@@ -171,13 +176,24 @@ def git_revision() -> str:
 
 
 def device_name() -> str:
-    """The GPU's name, without opening a CUDA context of this process; or the processor's."""
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")
-        if names[0]:
-            return names[0].strip()
-    return f"cpu ({os.cpu_count()} x {platform.machine()})"
+    """The GPU's name; or the processor's."""
+    names = _of_all_gpus("name")
+    return names[0] if names else f"cpu ({os.cpu_count()} x {platform.machine()})"
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name: its own entries, or every GPU of the machine."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return _of_all_gpus("index") if given is None else [gpu for gpu in given.split(",") if gpu]
+
+
+def _of_all_gpus(what: str) -> list[str]:
+    """One property of each GPU, without opening a CUDA context of this process."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True)
+    return [line.strip() for line in found.stdout.splitlines()] if found.returncode == 0 else []
 
 
 def versions() -> dict[str, str]:
@@ -204,11 +220,13 @@ def setting(text: str) -> tuple[str, object]:
         return key, value
 
 
-def check_counts(**given: int) -> None:
-    """Raise ValueError unless every argument, by its name on the command line, is at least 1."""
-    for name, value in given.items():
+def check_given(time_limit: float | None, **counts: int) -> None:
+    """Raise ValueError unless every count, by its name on the command line, is at least 1, and a time limit above 0."""
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name} {value}: give 1 or more")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"--time-limit {time_limit:g}: give more than 0 seconds, or leave it out")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print rungs and options, run nothing")
     a = parser.parse_args(arguments)
     try:
-        check_counts(seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
+        check_given(a.time_limit, seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
         rungs, options = chosen(a.rungs), Options.from_dict({**PRESETS[a.preset], **dict(a.set)})
         if a.list:
             print(json.dumps({"options": vars(options), "rungs": {r.name: r.label for r in rungs}}, indent=1))

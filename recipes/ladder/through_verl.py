@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4_rl.monitor.experts import EXPERTS_FILE
 from mxfp4_rl.recipe import ModelRecipe
-from recipes.ladder.options import Options, record_session, write_atomically
-from recipes.ladder.run import Runner, check_counts, device_name, setting
+from recipes.ladder.options import MORE_TO_DO, Options, record_session, write_atomically
+from recipes.ladder.run import Runner, check_given, device_name, setting
 from recipes.ladder.rungs import PRESETS, RUNGS, Rung, chosen
 
 DECIDING = ["bf16", "w4a4", "w4a4+mbs+of1"]
@@ -191,13 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
     if a.make_start:
         make_start(a.out, Options.from_dict(json.loads(a.make_start)))
         return 0
+    # Until there is a runner to tell: an exception, with which `subprocess.run` ends the process that makes the start.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(MORE_TO_DO))
     try:
-        check_counts(seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
+        check_given(a.time_limit, seeds=a.seeds, jobs=a.jobs, gpus=a.gpus)
         options = Options.from_dict({**PRESETS[a.preset], **dict(a.set)})
         runs = [(rung, seed) for seed in range(a.seeds) for rung in chosen(a.rungs)]
         runner = VerlRunner(a.out, options, runs, a.jobs, a.gpus, a.config_name, a.more)
     except ValueError as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, runner.stop)
     signal.signal(signal.SIGINT, runner.stop)
     return runner.go(a.time_limit)
