@@ -1,11 +1,13 @@
-"""The script that serves exports: its models compute what it says, its comparison counts what it says."""
+"""The scripts that compare what vLLM holds: their models and comparisons are what they say, and a difference is an error."""
 
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mxfp4_rl.export.serving import marlin_has_a_tiling, notes
@@ -23,6 +25,29 @@ def scripts():
     finally:
         sys.path.remove(str(FOLDER))
     return models, compare.compare
+
+
+def script(name, file):
+    """The module of a script, whose neighbours it imports."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+@pytest.fixture(scope="module")
+def run():
+    return script("serve_export", FOLDER / "run.py")
+
+
+@pytest.fixture(scope="module")
+def experts_rollout():
+    return script("experts_rollout", FOLDER.parent / "experts_rollout" / "run.py")
 
 
 def load(folder):
@@ -75,15 +100,55 @@ def test_comparison_counts_equal_replies_and_what_the_first_flip_costs(scripts):
     assert same["equal"] == 1 and same["first_divergence"] is None and same["max_difference"] == 0
 
 
-def test_replies_do_not_end_and_their_log_probabilities_are_the_model_s(tmp_path):
-    spec = importlib.util.spec_from_file_location("serve_export", FOLDER / "run.py")
-    run = importlib.util.module_from_spec(spec)
-    sys.modules["serve_export"] = run
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec.loader.exec_module(run)
-    finally:
-        sys.path.remove(str(FOLDER))
+class Held(torch.nn.Module):
+    """A layer as vLLM has it: its product is that of its method."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.quant_method = SimpleNamespace(apply=lambda module, x: x @ module.weight.T)
+
+
+def test_only_linear_layers_with_the_very_operands_are_as_exported(tmp_path, run):
+    weights = {"layers.0.o_proj.weight": torch.randn(4, 8).bfloat16(), "layers.0.mlp.experts.gate_up_proj": torch.ones(2, 8, 4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    held = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"0": torch.nn.ModuleDict()})})
+    held["layers"]["0"]["router"] = torch.nn.Linear(8, 2)
+    row = {"operands": run.operands(held, tmp_path)}
+    assert run._operands_text(row) == "operands: nothing was compared; the experts of 1 layers were NOT compared"
+    assert not run._as_exported(row)
+    held["layers"]["0"]["o_proj"] = Held(weights["layers.0.o_proj.weight"].clone())
+    row = {"operands": run.operands(held, tmp_path)}
+    assert "0 of 32 values in 1 linear layers differ" in run._operands_text(row) and "NOT compared" in run._operands_text(row)
+    assert run._as_exported(row)
+    held["layers"]["0"]["o_proj"].weight.data[0, 0] += 1
+    row = {"operands": run.operands(held, tmp_path)}
+    assert "1 of 32 values" in run._operands_text(row) and not run._as_exported(row)
+    for failed in (None, {"operands": "Traceback"}):
+        assert not run._as_exported(failed)
+    assert "could not be read\nTraceback" in run._operands_text({"operands": "Traceback"})
+
+
+@pytest.mark.parametrize("wrong", ["checksum_equal", "experts_equal"])
+def test_experts_that_differ_are_an_error_of_their_variant(experts_rollout, monkeypatch, wrong):
+    from mxfp4_rl.vllm_plugin import offline
+
+    found = {"checksum_equal": True, "experts_equal": True, wrong: False}
+    monkeypatch.setattr(offline, "model_of", lambda llm: None)
+    monkeypatch.setattr(offline, "load", lambda llm, model: SimpleNamespace(sizes={}))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(experts_rollout, "trainer_model", lambda folder: torch.nn.Module())
+    monkeypatch.setattr(experts_rollout, "checksums", lambda *_: {"checksum_equal": found["checksum_equal"]})
+    monkeypatch.setattr(experts_rollout, "experts_equal", lambda *_: {"experts_equal": found["experts_equal"]})
+    monkeypatch.setattr(experts_rollout, "k3_of", lambda *_: {})
+    monkeypatch.setattr("mxfp4_rl.nn.convert", lambda *_: None)
+    row = {"errors": []}
+    recipe = experts_rollout.recipe_of("w4a4 mxfp4")
+    experts_rollout.agree(None, recipe, SimpleNamespace(folder=""), lambda _, work: row.update(work()), row)
+    assert row["errors"] == [f"{wrong} is false"]
+
+
+def test_replies_do_not_end_and_their_log_probabilities_are_the_model_s(tmp_path, run):
     folder = make_tiny_model(tmp_path / "own", architecture="llama")
     asked = [[10, 11, 12], [13, 14, 15, 16, 17, 18]]
     found = run.transformers_answers(folder, asked, 20)
