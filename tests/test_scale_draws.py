@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxfp4_rl import QuantRecipe
+from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.quant import fake_quantize, rel_mse
 from mxfp4_rl.quant.nvfp4 import e4m3_value
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
@@ -140,6 +140,26 @@ def test_the_command_compares_variants_on_a_tiny_model(draws, tmp_path, monkeypa
     assert record["losses"]["nvfp4+soar:only=nowhere"] == record["losses"]["nvfp4"] != record["losses"]["nvfp4+soar"]
     assert record["errors"]["nvfp4+soar"][0]["weight"] < record["errors"]["nvfp4"][0]["weight"]
     assert "nvfp4+search:inputs  errors weight 0.0" in capsys.readouterr().out
+
+
+def test_timing_compares_every_weight_with_the_reference_and_the_reference_with_nothing(weights, monkeypatch):
+    spec = importlib.util.spec_from_file_location("scale_search", FILE.with_name("run.py"))
+    timing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(timing)
+    monkeypatch.setattr(timing, "seconds", lambda work, passes: 1.0)
+    assert timing.measure(weights, "nvfp4", "reference", 1)["same_bits"] is None
+
+    wrong_about = []
+
+    def kernels(x, recipe, backend):
+        """The reference, which where it stands for the kernels is wrong about some weights."""
+        wrong = backend == "triton" and any(x is weight for weight in wrong_about)
+        return quantize(x * 2 if wrong else x, recipe, backend="reference")
+
+    monkeypatch.setattr("mxfp4_rl.quantize", kernels)
+    assert timing.measure(weights, "nvfp4", "triton", 1)["same_bits"] is True
+    wrong_about.append(weights[-1])
+    assert timing.measure(weights, "nvfp4", "triton", 1)["same_bits"] is False
 
 
 def test_errors_are_those_of_the_mean_over_draws(draws):
