@@ -215,6 +215,16 @@ class QuantRecipe:
             bits += bits * share + (1 / self.block_size if share < 1 else 0)
         return bits + (8 / self.macro_size if self.macro_block else 0)
 
+    def why_not_weighed(self) -> str | None:
+        """Why an importance of elements (`quantize`) has no meaning for this recipe; None if it weighs errors with it."""
+        if self.hadamard:
+            return "it rotates, and the importance is that of elements as they were"
+        if self.macro_block == "dynamic":
+            return "its macro-block factors compare errors that are not weighed"
+        if self.scale_rule not in ("search", "four_over_six"):
+            return f"its scale rule, {self.scale_rule}, does not choose scales by squared error (search and four_over_six do)"
+        return None
+
     def describe(self) -> str:
         """One short human-readable line, e.g. "mxfp4 rceil + MBS static 128 + OF 0.5"."""
         rule = f"c={self.scale_rule:g}" if _is_number(self.scale_rule) else self.scale_rule

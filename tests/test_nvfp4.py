@@ -1,5 +1,6 @@
 """NVFP4: its scale rules against each other, against exhaustive search, and SOAR's iteration."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -82,6 +83,80 @@ def test_a_wide_window_finds_the_exhaustive_optimum():
     assert (searched <= best * (1 + 1e-5)).all()
     # The window that the paper uses loses almost nothing.
     assert block_errors(x, P("nvfp4+search")).sum() <= 1.002 * best.sum()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        QuantRecipe(format="nvfp4", scale_rule="search"),
+        P("nvfp4+four-over-six"),
+        P("mxfp4+search"),
+        QuantRecipe(scale_rule="search", search_window=(-3, 2)),
+    ],
+    ids=lambda recipe: recipe.describe(),
+)
+def test_weighed_errors_are_the_least_of_every_candidate_in_float64(recipe):
+    x = randn(24, 128) * torch.logspace(-1, 1, 128)
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 8
+    importance[64:96] = 0  # inputs that the text never used
+    from mxfp4_rl.quant.elements import round_e2m1
+
+    size = recipe.block_size
+    weights = (importance / importance.max()).clamp(min=2.0**-40).double().unflatten(-1, (-1, size))
+    blocks, q = x.unflatten(-1, (-1, size)), quantize(x, recipe, importance=importance)
+
+    def error(x_hat):
+        return (weights * (x_hat - blocks).double().square()).sum(-1)
+
+    best = torch.full((24, 128 // size), torch.inf, dtype=torch.float64)
+    plain = quantize(
+        x, dataclasses.replace(recipe, scale_rule="static" if recipe.format == "nvfp4" else "rceil", search_window=None)
+    )
+    for offset in recipe.window if recipe.scale_rule == "search" else (None,):
+        if recipe.format == "mxfp4":
+            worth = torch.exp2(plain.scales.float() + offset - 127)
+            found = [worth]
+        elif offset is None:
+            amax = blocks.abs().amax(-1)
+            found = [e4m3_value(e4m3_code(amax / k / q.tensor_scale)) * q.tensor_scale for k in (6, 4)]
+        else:
+            found = [e4m3_value((plain.scales.int() + offset).clamp(1, 126)) * q.tensor_scale]
+        for worth in found:
+            worth = worth.unsqueeze(-1)
+            best = torch.minimum(best, error(round_e2m1(blocks / worth) * worth))
+    own = error(q.dequantize().unflatten(-1, (-1, size)))
+    assert (own <= best * (1 + 1e-5)).all()
+    assert own.sum() < error(quantize(x, recipe).dequantize().unflatten(-1, (-1, size))).sum()
+
+
+@pytest.mark.parametrize(
+    "text", ["nvfp4+search", "nvfp4+four-over-six", "mxfp4+search", "mxfp4+search+of+mbs", "mxfp4+search+tile"]
+)
+def test_one_importance_for_all_weighs_nothing(text):
+    x = randn(40, 70)
+    plain = quantize(x, P(text)).tensors()
+    for importance in (torch.full((70,), 3.5), torch.zeros(70)):
+        weighed = quantize(x, P(text), importance=importance).tensors()
+        assert all(torch.equal(weighed[key], t) for key, t in plain.items())
+    along = quantize(x.T.contiguous(), P(text), axis=0, importance=torch.arange(70.0))
+    assert torch.equal(along.dequantize().T, quantize(x, P(text), importance=torch.arange(70.0)).dequantize())
+
+
+def test_an_importance_that_cannot_be_is_refused():
+    x = randn(4, 64)
+    for text, why in (
+        ("nvfp4", "its scale rule, static, does not choose"),
+        ("nvfp4+soar", "its scale rule, soar"),
+        ("mxfp4+search+mbs-dynamic", "macro-block factors"),
+        ("mxfp4+search+hadamard64", "it rotates"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            quantize(x, P(text), importance=torch.ones(64))
+    with pytest.raises(ValueError, match=r"torch.float32 \(32,\), not float32 \(64,\)"):
+        quantize(x, P("nvfp4+search"), importance=torch.ones(32))
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="negative or not finite"):
+            quantize(x, P("nvfp4+search"), importance=torch.full((64,), wrong))
 
 
 @pytest.mark.parametrize("text", ["nvfp4", "nvfp4+static4", "nvfp4+four-over-six", "nvfp4+search", "nvfp4+soar"])

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, cli, convert, quantize
 from mxfp4_rl.nn import convert_for_rollout, converted_layers
 from mxfp4_rl.ptq.outputs import LayerOutputs, mean_and_worst
 from mxfp4_rl.ptq.perplexity import difference, perplexity, token_losses, windows_of
-from mxfp4_rl.ptq.rules import recipes_of
+from mxfp4_rl.ptq.rules import rules_of
 from mxfp4_rl.ptq.soar_parts import soar_parts
 from mxfp4_rl.ptq.weights import Weights
 from mxfp4_rl.quant import fake_quantize
@@ -57,15 +57,15 @@ def ids_of(count, seed=0):
 
 
 def test_names_of_rules_are_recipes():
-    assert tuple(recipes_of(["nvfp4"], None)[0]) == NVFP4
-    assert tuple(recipes_of(["mxfp4"], None)[0]) == MXFP4
-    assert recipes_of(["nvfp4"], ["4/6", "static4"])[0].keys() == {"nvfp4+four-over-six", "nvfp4+static4"}
-    both, missing = recipes_of(["nvfp4", "mxfp4"], ["static", "soar", "oas+mbs"])
+    assert tuple(rules_of(["nvfp4"], None)[0]) == NVFP4
+    assert tuple(rules_of(["mxfp4"], None)[0]) == MXFP4
+    assert rules_of(["nvfp4"], ["4/6", "static4"])[0].keys() == {"nvfp4+four-over-six", "nvfp4+static4"}
+    both, missing = rules_of(["nvfp4", "mxfp4"], ["static", "soar", "oas+mbs"])
     assert list(both) == ["nvfp4", "nvfp4+soar", "mxfp4", "mxfp4+oas+mbs"]
-    assert both["mxfp4+oas+mbs"] == QuantRecipe(scale_rule="oas", macro_block="static")
+    assert both["mxfp4+oas+mbs"].recipe == QuantRecipe(scale_rule="oas", macro_block="static")
     assert [sentence.split(":")[0] for sentence in missing] == ["nvfp4 has no oas+mbs", "mxfp4 has no soar"]
-    search = both | recipes_of(["nvfp4"], ["scalesearch"])[0]
-    assert list(search["nvfp4+search"].window) == [-2, -1, 0, 1, 2, 3, 4, 5, 6]
+    search = both | rules_of(["nvfp4"], ["scalesearch"])[0]
+    assert list(search["nvfp4+search"].recipe.window) == [-2, -1, 0, 1, 2, 3, 4, 5, 6]
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------------
@@ -297,9 +297,79 @@ def test_it_hands_over_to_the_export(path, tmp_path, capsys):
     assert torch.equal(load_file(tmp_path / "exact" / "model.safetensors")[name], fake_quantize(source, recipe))
 
 
+def importance_of(path, text, context=64):
+    """Mean squares of every layer's inputs, in float64, each layer by itself."""
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    found: dict[str, list] = {}
+    layers = Weights(model).layers
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda m, a, name=name: found.setdefault(name, []).append(a[0][0].double()))
+    with torch.no_grad():
+        for part in torch.tensor(tokenizer(text)["input_ids"]).split(context):
+            model(input_ids=part.unsqueeze(0))
+    return {name: torch.cat(own).square().mean(0) for name, own in found.items()}
+
+
+@pytest.mark.parametrize(("format", "recipe"), [("nvfp4", "nvfp4+search"), ("mxfp4", "mxfp4+search")])
+def test_errors_weighed_with_the_inputs_from_measurement_to_export(path, texts, tmp_path, capsys, format, recipe):
+    assert ptq(path, "--format", format, "--calibration", "other.txt", "--out", "all") == 0
+    rows = {row["recipe"]: row for row in json.loads((tmp_path / "all" / "ptq.json").read_text())["results"]}
+    plain, weighed = rows[recipe], rows[f"{recipe}+inputs"]
+    assert weighed["weights"]["rel_mse"] > plain["weights"]["rel_mse"], "not the least error of the weights any more"
+    assert weighed["outputs"]["mean"] < plain["outputs"]["mean"], "but of what they are multiplied by"
+    assert weighed["weights"]["seconds_at_sync"] is None
+    file = tmp_path / "all" / "importance.safetensors"
+    stored, expected = load_file(file), importance_of(path, (tmp_path / "other.txt").read_text())
+    assert stored.keys() == expected.keys() and len(stored) == 14
+    assert all(torch.allclose(stored[name].double(), own, rtol=1e-5) for name, own in expected.items())
+
+    arguments = ["--format", f"{format}-pack-quantized", "--recipe", recipe, "--importance", str(file), "--verify"]
+    assert cli.main(["export", str(path), "weighed", *arguments]) == 0
+    assert "errors weighed with" in capsys.readouterr().out
+    measured = ["--format", format, "--scales", "scalesearch+inputs", "--calibration", "other.txt"]
+    assert ptq(path, *measured, "--export", "handed") == 0
+    assert f"--recipe {recipe} --importance runs/ptq/tiny/importance.safetensors" in capsys.readouterr().out
+    assert cli.main(["export", str(path), "plain", *arguments[:4]]) == 0
+    own, handed, other = (load_file(tmp_path / f / "model.safetensors") for f in ("weighed", "handed", "plain"))
+    same = {name: torch.equal(t.view(torch.uint8), handed[name].view(torch.uint8)) for name, t in own.items()}
+    assert all(same.values()) and not all(torch.equal(own[name], other[name]) for name in own if name.endswith("_packed"))
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    weights = Weights(model)
+    weights.quantise(QuantRecipe.parse(recipe), "training", stored)
+    name = "model.layers.1.mlp.down_proj"
+    direct = quantize(weights.originals[name], QuantRecipe.parse(recipe), importance=stored[name])
+    assert torch.equal(model.get_submodule(name).weight, direct.dequantize(torch.bfloat16))
+
+
+def test_an_importance_of_something_else_is_refused(path, tmp_path, capsys):
+    def refused(tensors, recipe="nvfp4+search"):
+        save_file(tensors, tmp_path / "own.safetensors")
+        arguments = ["--format", "bf16", "--recipe", recipe, "--importance", "own.safetensors"]
+        assert cli.main(["export", str(path), "out", *arguments]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    good = {name: torch.ones(layer.in_features) for name, layer in Weights(model).layers.items()}
+    name = "model.layers.1.mlp.down_proj"
+    assert f"no inputs of {name}" in refused({k: v for k, v in good.items() if k != name})
+    assert f"has 7 inputs of {name}, which has 256" in refused(good | {name: torch.ones(7)})
+    assert f"{name} is no float32 row" in refused(good | {name: -torch.ones(256)})
+    assert "its scale rule, static, does not choose" in refused(good, "nvfp4")
+    (tmp_path / "own.safetensors").write_text("no tensors")
+    arguments = ["--format", "bf16", "--recipe", "nvfp4+search", "--importance"]
+    assert cli.main(["export", str(path), "out", *arguments, "own.safetensors"]) == 2
+    assert "own.safetensors cannot be read" in capsys.readouterr().err
+    assert cli.main(["export", str(path), "out", *arguments, "absent.safetensors"]) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ("--format nvfp4 --scales scalesearch+inputs", "give --calibration FILE too"),
+        ("--format nvfp4 --scales static+inputs --calibration text.txt", "its scale rule, static, does not choose"),
         ("--format nvfp4 --scales oas", "nvfp4 has no oas: oas rounds powers of two"),
         ("--format mxfp4 --scales soar", "MXFP4 has no scale of the tensor"),
         ("--format mxfp4 --scales static 4over6", "powers of two do not hold"),

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     parser.add_argument("--format", required=True, choices=FORMAT_NAMES, help="what is written")
     parser.add_argument("--recipe", metavar="WORDS", help="words joined by +, or a JSON file; default: the stored recipe")
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="mean squares of the inputs, from mxfp4-rl ptq: weigh the squared errors that search and four-over-six compare",
+    )
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most, e.g. 2GB; default: 5GB")
     parser.add_argument("--verify", action="store_true", help="read it back and compare bit for bit")
 
@@ -48,6 +53,7 @@ def run(options) -> int:
     from mxfp4_rl.analysis.progress import make_progress
     from mxfp4_rl.evaluation.sources import find_model, find_recipe
     from mxfp4_rl.export.formats import FORMATS
+    from mxfp4_rl.export.importance import read_importance
     from mxfp4_rl.export.plan import Plan
     from mxfp4_rl.export.verify import verify_export
     from mxfp4_rl.export.write import write_export
@@ -62,8 +68,10 @@ def run(options) -> int:
     began = time.monotonic()
     try:
         with open_checkpoint(model) as checkpoint:
-            plan = Plan(checkpoint, recipe, FORMATS[options.format])
-            print(f"recipe    {recipe.describe()} ({where}); weights only")
+            importance = None if options.importance is None else read_importance(options.importance)
+            plan = Plan(checkpoint, recipe, FORMATS[options.format], importance)
+            weighed = f"; errors weighed with {options.importance}" if importance is not None else ""
+            print(f"recipe    {recipe.describe()} ({where}); weights only{weighed}")
             if checkpoint.note:
                 print(f"source    {checkpoint.note}")
             elements = sum(info.elements for info in checkpoint.tensors)

@@ -162,12 +162,14 @@ def served_together(module: str) -> list[str]:
     return [f"{stem}.{part}" if stem else part for part in group]
 
 
-def quantise_group(weights: Sequence[torch.Tensor], recipe: QuantRecipe, round_scale: bool) -> list[QuantizedTensor]:
+def quantise_group(
+    weights: Sequence[torch.Tensor], recipe: QuantRecipe, round_scale: bool, importance: torch.Tensor | None = None
+) -> list[QuantizedTensor]:
     """Weights (N_i, K) quantised as the rows of one tensor, e.g. an expert's gate and up.
 
     A server takes one g for layers it multiplies as one. If `round_scale`, NVFP4's g is a power of two: its reciprocal, which
     is what is stored, is then exact, and so are E2M1 * E4M3 * g in BF16: every reader gets the same values. (soar chooses g
-    itself, and keeps it.)
+    itself, and keeps it.) importance: of the layers' inputs, as `quantize` takes it.
     """
     rows = list(weights)
     if round_scale and recipe.scale_rule in TARGET:
@@ -176,8 +178,8 @@ def quantise_group(weights: Sequence[torch.Tensor], recipe: QuantRecipe, round_s
         rows.append(torch.zeros_like(rows[0][:1]))  # a row that is cut off again: its one number makes g what it shall be
         rows[-1][0, 0] = unit * 2.0 ** math.ceil(math.log2(largest / unit)) if largest > 0 else 0
     if len(rows) == 1:
-        return [quantize(rows[0], recipe)]
-    whole = quantize(torch.cat(rows), recipe)
+        return [quantize(rows[0], recipe, importance=importance)]
+    whole = quantize(torch.cat(rows), recipe, importance=importance)
     ends = [*itertools.accumulate(len(weight) for weight in weights)]
     return [_rows(whole, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -27,11 +27,20 @@ class Plan:
         left_alone: layer -> why it is not quantised.
         routers: modules that no recipe quantises.
 
+    Args:
+        importance: layer -> mean squares of its inputs, float32 (in,), which weigh the squared errors of all layers.
+
     Raises:
-        ExportError: the format cannot carry a recipe, a shape or this model.
+        ExportError: the format cannot carry a recipe, a shape or this model, or the importance is not of its layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: ModelRecipe, format: Format):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: ModelRecipe,
+        format: Format,
+        importance: Mapping[str, torch.Tensor] | None = None,
+    ):
         if checkpoint.format == "gguf":
             raise ExportError("a GGUF file permutes rows and renames tensors: give the model as safetensors")
         if checkpoint.config.get("quantization_config"):
@@ -52,7 +61,7 @@ class Plan:
         for name, reason in left_out.items():
             if reason.startswith("experts in a fused tensor"):  # training would quantise them
                 raise ExportError(f"{name}: {reason}")
-        self.format = format
+        self.format, self._importance = format, importance
         self.routers = [name.removesuffix(".weight") for name, reason in left_out.items() if reason == "router"]
         self.recipes: dict[str, ModelRecipe] = {}
         self.left_alone: dict[str, str] = {}
@@ -112,12 +121,29 @@ class Plan:
             )
         if format.experts_only and not fused:
             return  # stored as BF16
+        if self._importance is not None:
+            self._check_importance(weight, own)
         if why := format.refuses(own.weight):
             raise ExportError(why)
         if format.whole_blocks and shape[weight.axis] % own.weight.block_size:
             raise ExportError(
                 f"{weight.name} has {shape[weight.axis]} inputs, no multiple of {own.weight.block_size}: {format.name} "
                 "cannot store a part of a block; exclude the layer in the recipe, or use --format bf16"
+            )
+
+    def _check_importance(self, weight: LinearWeight, own: ModelRecipe) -> None:
+        name, shape = weight.name, weight.info.shape
+        if len(shape) != 2:
+            raise ExportError(
+                f"{name}: --importance is of Linear layers, and this holds experts in a fused tensor: leave it out"
+            )
+        if why := own.weight.why_not_weighed():
+            raise ExportError(f"{name}: --importance is not for {own.weight.describe()}: {why}")
+        if name not in self._importance:
+            raise ExportError(f"--importance has no inputs of {name}: it was made from another model")
+        if self._importance[name].shape != (shape[weight.axis],):
+            raise ExportError(
+                f"--importance has {len(self._importance[name])} inputs of {name}, which has {shape[weight.axis]}"
             )
 
     def group(self, module: str) -> list[str]:
@@ -159,7 +185,8 @@ class Plan:
                 yield from ((f"{m}.weight", w, w.numel()) for m, w in zip(group, weights, strict=True))
 
     def _quantised(self, group: list[str], weights: list[torch.Tensor]):
-        quantised = quantise_group(weights, self.recipes[group[0]].weight, self.format.shares_scale)
+        importance = None if self._importance is None else self._importance[group[0]]  # they share their inputs
+        quantised = quantise_group(weights, self.recipes[group[0]].weight, self.format.shares_scale, importance)
         yield from ((f"{m}.weight", q, q.shape.numel()) for m, q in zip(group, quantised, strict=True))
 
     def notes(self) -> list[str]:

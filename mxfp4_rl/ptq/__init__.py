@@ -8,5 +8,5 @@
     soar_parts   what CJSO and DSS give, each by itself
     page         the table
 
-Nothing is fitted to the texts: every rule sees the weights alone, and the texts measure.
+Rules see the weights alone and the texts measure, but for `+inputs`: it weighs errors with the calibration text's inputs.
 """

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mxfp4_rl.launch import LaunchError
+from mxfp4_rl.ptq.rules import BY_INPUTS, rules_of
 from mxfp4_rl.recipe import FORMATS
 
 OUT_ROOT = Path("runs") / "ptq"
 FILES = ("ptq.json", "ptq.md")
+IMPORTANCE = "importance.safetensors"  # beside them, if a rule weighed errors with it
 SCHEMA = 1  # of the JSON: raised when a key changes its meaning
 LIKE = ("export", "training")
 EPILOG = """\
@@ -28,7 +30,9 @@ smollm2-135m-instruct. Its Linear weights are quantised, lm_head and routers lef
 scale rules by format, all of them by default:
   nvfp4    static, 4over6 (Four Over Six), soar (SOAR: CJSO and DSS), scalesearch (ScaleSearch, codes -2 to +6)
   mxfp4    static (rceil), oas (overflow-aware), scalesearch (exponents -1 and 0)
-and any other rule or correction that `mxfp4-rl decompose --help` lists, e.g. floor, c7.25, oas+mbs-dynamic.
+With --calibration also scalesearch+inputs, whose squared errors are weighed with the mean squares of each layer's
+inputs on that text (4over6+inputs likewise). And any other rule or correction that `mxfp4-rl decompose --help`
+lists, e.g. floor, c7.25, oas+mbs-dynamic.
 
 examples:
   mxfp4-rl ptq smollm2-135m-instruct --format nvfp4 mxfp4                       errors of the weights, and seconds
@@ -59,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--text-tokens", type=int, metavar="N", help="its first N tokens only")
     text.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a window; default: 1024")
     text.add_argument("--stride", type=int, metavar="N", help="from one window to the next; default: half the context")
-    text.add_argument("--calibration", metavar="FILE", help="measure the error of each layer's output on it")
+    text.add_argument(
+        "--calibration", metavar="FILE", help="measure the error of each layer's output on it; +inputs weighs by it"
+    )
     text.add_argument("--calibration-tokens", type=int, default=2048, metavar="N", help="its first N tokens; default: 2048")
     task = parser.add_argument_group("accuracy before and after, as mxfp4-rl eval measures it, greedy")
     task.add_argument("--task", metavar="NAME", help="a built-in task, its held-out problems")
@@ -98,10 +104,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from mxfp4_rl.evaluation.sources import find_model
-    from mxfp4_rl.ptq.rules import recipes_of
 
     _check(options)
-    recipes, left_out = recipes_of(options.format, options.scales)
+    rules, left_out = rules_of(options.format, options.scales, options.calibration is not None)
+    recipes = {name: rule.recipe for name, rule in rules.items()}
     if options.export is not None and len(recipes) > 1:
         raise LaunchError(
             f"--export {options.export} is of one rule, and {', '.join(recipes)} would be measured: give one --format and one "
@@ -118,6 +124,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import torch
 
     from mxfp4_rl.evaluation.command import find_device, load, progress, write
+    from mxfp4_rl.export.importance import write_importance
     from mxfp4_rl.launch.records import versions
     from mxfp4_rl.ptq.outputs import LayerOutputs, mean_and_worst
     from mxfp4_rl.ptq.page import page
@@ -148,6 +155,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         "left_out": left_out,
     }
     outputs = windows = None
+    importance: dict[str, Any] | None = None
     if "text" in ids:
         text = ids["text"] = ids["text"][: options.text_tokens]
         stride = options.stride or max(1, options.context // 2)
@@ -163,6 +171,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         calibration = ids["calibration"][: options.calibration_tokens]
         record["calibration"] = {**_file(options.calibration, texts["calibration"]), "tokens": len(calibration)}
         outputs = LayerOutputs(model, weights, calibration, options.context)
+        if any(rule.by_inputs for rule in rules.values()):
+            importance = outputs.mean_squares()
     if task is not None:
         record["questions"] = task.prepare(tokenizer)
 
@@ -185,15 +195,17 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         base = measure(rows[0], None, None)
         first: dict[str, float] = {}
         first_losses: dict[str, Any] = {}
-        for name, recipe in recipes.items():
-            done = weights.quantise(recipe, options.like)
+        for name, rule in rules.items():
+            recipe = rule.recipe
+            done = weights.quantise(recipe, options.like, importance if rule.by_inputs else None)
             first.setdefault(recipe.format, done.rel_mse)
             of_weights = {
                 "rel_mse": done.rel_mse,
                 "vs_first": done.rel_mse / first[recipe.format] - 1 if first[recipe.format] else 0.0,
                 "seconds": done.seconds,
                 "cpu_seconds": done.cpu_seconds,
-                "seconds_at_sync": weights.seconds_at_sync(recipe),
+                # A weight sync has no calibration text.
+                "seconds_at_sync": None if rule.by_inputs else weights.seconds_at_sync(recipe),
                 "layers": done.errors,
             }
             row = {"recipe": name, "bits": recipe.bits_per_element, "weights": of_weights}
@@ -213,15 +225,17 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         weights.restore()
     if options.soar_parts:
         record["soar_parts"] = soar_parts(weights, options.soar_parts)
-    record["exports"] = [_export_command(options, name, recipes[name]) for name in _best(rows[1:], recipes)]
+    record["exports"] = [_export_command(options, name, rules[name], out) for name in _best(rows[1:], recipes)]
     record["versions"] = versions(arguments)
     text = page(record)
     print(f"\n{text}")
+    if importance is not None:
+        write_importance(out / IMPORTANCE, importance)
     write(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / FILES[0])
     write(text, out / FILES[1])
     print(f"written: {out / FILES[0]}, {FILES[1]}", flush=True)
     if options.export is not None:
-        return _export(options, *next(iter(recipes.items())))
+        return _export(options, *next(iter(rules.items())), out)
     return 0
 
 
@@ -335,14 +349,23 @@ def _merit(row: dict[str, Any]) -> float:
     return row["perplexity"]["value"] if "perplexity" in row else row["weights"]["rel_mse"]
 
 
-def _export_command(options: argparse.Namespace, name: str, recipe) -> str:
-    return f"mxfp4-rl export {options.model} OUT --format {_export_format(options, recipe)} --recipe {name}"
+def _export_command(options: argparse.Namespace, name: str, rule, out: Path) -> str:
+    words = name.removesuffix(f"+{BY_INPUTS}")
+    command = f"mxfp4-rl export {options.model} OUT --format {_export_format(options, rule.recipe)} --recipe {words}"
+    return command + (f" --importance {out / IMPORTANCE}" if rule.by_inputs else "")
 
 
-def _export(options: argparse.Namespace, name: str, recipe) -> int:
+def _export(options: argparse.Namespace, name: str, rule, out: Path) -> int:
     from mxfp4_rl.export import command
 
-    format = _export_format(options, recipe)
     return command.run(
-        argparse.Namespace(model=options.model, out=options.export, format=format, recipe=name, shard_size="5GB", verify=False)
+        argparse.Namespace(
+            model=options.model,
+            out=options.export,
+            format=_export_format(options, rule.recipe),
+            recipe=name.removesuffix(f"+{BY_INPUTS}"),
+            importance=str(out / IMPORTANCE) if rule.by_inputs else None,
+            shard_size="5GB",
+            verify=False,
+        )
     )

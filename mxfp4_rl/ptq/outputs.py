@@ -55,6 +55,12 @@ class LayerOutputs:
         return torch.cat(self._inputs[self._shares[name]]).float()
 
     @torch.no_grad()
+    def mean_squares(self) -> dict[str, torch.Tensor]:
+        """Layer -> mean squares of its inputs over the text, float32 (in,): llama.cpp's importance matrix."""
+        own = {name: self._input(name).square().mean(0) for name in self._inputs}
+        return {name: own[first] for name, first in self._shares.items()}
+
+    @torch.no_grad()
     def errors(self) -> dict[str, float]:
         """Layer -> relative squared error of its output with the weights that the model has now."""
         out = {}

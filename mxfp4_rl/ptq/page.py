@@ -63,7 +63,10 @@ def _cells(row: dict[str, Any], has: dict[str, bool]) -> list[str]:
         own = row["accuracy"]
         span = " [{:.3f}, {:.3f}]".format(*own["interval"]) if own["interval"] else ""
         cells.append(f"{own['accuracy']:.3f}{span}")
-    return cells + ([f"{row['weights']['seconds']:.1f}", f"{row['weights']['seconds_at_sync']:.1f}"] if quantised else ["", ""])
+    if not quantised:
+        return [*cells, "", ""]
+    sync = row["weights"]["seconds_at_sync"]
+    return [*cells, f"{row['weights']['seconds']:.1f}", "" if sync is None else f"{sync:.1f}"]
 
 
 def _facts(record: dict[str, Any]) -> list[str]:

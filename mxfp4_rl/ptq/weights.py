@@ -9,7 +9,7 @@ two are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,11 +69,14 @@ class Weights:
                 raise LaunchError(f"the weight of {name} holds NaN or infinity: repair the checkpoint first")
 
     @torch.no_grad()
-    def quantise(self, recipe: QuantRecipe, like: str = "export") -> Quantised:
+    def quantise(
+        self, recipe: QuantRecipe, like: str = "export", importance: Mapping[str, torch.Tensor] | None = None
+    ) -> Quantised:
         """Quantise all weights in the model.
 
         Args:
             recipe: of the weights. like: "export" or "training", see above.
+            importance: layer -> mean squares of its inputs, float32 (in,), for a rule that weighs squared errors with them.
 
         Raises:
             LaunchError: as "export", a weight's inputs do not fill their blocks.
@@ -82,8 +85,9 @@ class Weights:
         lost = energy = 0.0
         for group in self._groups(recipe, like):
             weights = [self.originals[name] for name in group]
+            own_importance = None if importance is None else importance[group[0]]  # they share their inputs
             with _Clock(weights[0].device) as clock:
-                packed = quantise_group(weights, recipe, recipe.format == "nvfp4" and like == "export")
+                packed = quantise_group(weights, recipe, recipe.format == "nvfp4" and like == "export", own_importance)
             done.seconds, done.cpu_seconds = done.seconds + clock.seconds, done.cpu_seconds + clock.cpu_seconds
             for name, weight, own in zip(group, weights, packed, strict=True):
                 operand = own.dequantize(_DTYPE)

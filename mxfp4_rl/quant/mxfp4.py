@@ -31,10 +31,13 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class MXFP4Quantizer:
-    """Quantises the rows of one tensor, chunk by chunk."""
+    """Quantises the rows of one tensor, chunk by chunk.
 
-    def __init__(self, recipe: QuantRecipe, rows, seed: int | None):
-        self.recipe, self.seed = recipe, seed
+    `error_weights`, float32 (blocks, block_size), multiply the squared errors by which "search" chooses.
+    """
+
+    def __init__(self, recipe: QuantRecipe, rows, seed: int | None, error_weights: torch.Tensor | None = None):
+        self.recipe, self.seed, self._error_weights = recipe, seed, error_weights
         self.tile_rows = recipe.tile_rows
         self.threshold = None  # of the masked fallback: blocks with a largest magnitude of at least this
         if recipe.fallback_threshold is not None:
@@ -96,7 +99,7 @@ class MXFP4Quantizer:
         for offset in self.recipe.window:
             candidate = (byte + offset).clamp_(MIN_BYTE, MAX_BYTE)
             shift = exp2_byte(candidate - byte.clamp(max=MAX_BYTE) + 127)
-            error = _squared_error(t / shift.unsqueeze(-1), b)
+            error = _squared_error(t / shift.unsqueeze(-1), b, self._error_weights)
             error = over_tiles(error * shift.square(), self.tile_rows, "sum")
             better = error < best_error  # False for NaN: such blocks keep byte 255
             best = torch.where(better, candidate, best)
@@ -140,6 +143,10 @@ class MXFP4Quantizer:
         return best
 
 
-def _squared_error(t: torch.Tensor, b: Scratch) -> torch.Tensor:
-    """Sum of (E2M1(t) - t)^2 per block, (R, blocks, block_size) -> (R, blocks); overwrites b.first and b.scratch."""
-    return fold_sum(round_e2m1(t, out=b.first, scratch=b.scratch).sub_(t).square_())
+def _squared_error(t: torch.Tensor, b: Scratch, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of (E2M1(t) - t)^2 per block, (R, blocks, block_size) -> (R, blocks); overwrites b.first and b.scratch.
+
+    weights: what the squares are multiplied by, (blocks, block_size).
+    """
+    squares = round_e2m1(t, out=b.first, scratch=b.scratch).sub_(t).square_()
+    return fold_sum(squares if weights is None else squares.mul_(weights))

@@ -53,11 +53,19 @@ def tensor_scale(amax: torch.Tensor, rule: str) -> torch.Tensor:
 class NVFP4Quantizer:
     """Quantises the rows of one tensor, chunk by chunk, with the tensor's scale `tensor_scale` (float32 ()).
 
-    `fixed_scale` takes the place of the scale that the tensor would get.
+    `fixed_scale` takes the place of the scale that the tensor would get; `error_weights`, float32 (blocks, block_size),
+    multiply the squared errors that are compared.
     """
 
-    def __init__(self, recipe: QuantRecipe, rows: Rows, seed: int | None, fixed_scale: float | None = None):
-        self.recipe, self.seed = recipe, seed
+    def __init__(
+        self,
+        recipe: QuantRecipe,
+        rows: Rows,
+        seed: int | None,
+        fixed_scale: float | None = None,
+        error_weights: torch.Tensor | None = None,
+    ):
+        self.recipe, self.seed, self._error_weights = recipe, seed, error_weights
         self.tile_rows = recipe.tile_rows
         self._blocks = rows.blocks * recipe.block_size
         self._chosen = None  # codes (rows, blocks) that were chosen for the tensor as a whole
@@ -104,7 +112,10 @@ class NVFP4Quantizer:
             values = round_e2m1(b.second, out=b.first, scratch=b.scratch)
             values.mul_((e4m3_value(code) * self.tensor_scale).unsqueeze(-1)).sub_(b.x)
             # In units of g, so that squares neither overflow nor vanish.
-            error = over_tiles(fold_sum(values.div_(self.tensor_scale).square_()), self.tile_rows, "sum")
+            values.div_(self.tensor_scale).square_()
+            if self._error_weights is not None:
+                values.mul_(self._error_weights)
+            error = over_tiles(fold_sum(values), self.tile_rows, "sum")
             better = error < best_error
             best = torch.where(better, code, best)
             best_error = torch.where(better, error, best_error)

@@ -111,12 +111,29 @@ class Rows:
                 x.copy_(rotate(x, self.recipe.hadamard))
             yield r, b
 
+    def error_weights(self, importance: torch.Tensor) -> torch.Tensor:
+        """`error_weights` for these rows' blocks, on their device."""
+        return error_weights(importance.to(self.flat.device), self.width, self.recipe.block_size)
+
     def block_amax(self) -> torch.Tensor:
         """Largest magnitude of every block (of its tile, with 2-D blocks), float32 (rows, blocks)."""
         out = torch.empty(self.count, self.blocks, device=self.flat.device)
         for r, b in self.chunks():
             out[r] = over_tiles(torch.abs(b.x, out=b.first).amax(-1), self._tile_rows, "amax")
         return out
+
+
+_LEAST_WEIGHT = 2.0**-40
+
+
+def error_weights(importance: torch.Tensor, width: int, block_size: int) -> torch.Tensor:
+    """Importance, float32 (K,) -> what squared errors are multiplied by, float32 (width / block_size, block_size).
+
+    The largest is 1. Inputs that are always zero count by 2^-40: among themselves they choose as if none were weighed.
+    """
+    largest = importance.amax() if importance.numel() else importance.new_zeros(())
+    weights = torch.where(largest > 0, importance / largest, 1.0).clamp_(min=_LEAST_WEIGHT)
+    return torch.nn.functional.pad(weights, (0, width - len(weights))).unflatten(0, (-1, block_size))
 
 
 def largest_blocks_threshold(rows: Rows, fraction: float) -> float:

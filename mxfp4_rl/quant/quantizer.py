@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ def quantize(
     backend: str | None = None,
     seed: int | None = None,
     tensor_scale: float | None = None,
+    importance: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantise `x` along `axis`.
 
@@ -47,23 +49,30 @@ def quantize(
         backend: "reference", "triton", or None for the best one for the tensor's device and the recipe.
         seed: of stochastic rounding, 64 bits; None draws one from PyTorch's default generator.
         tensor_scale: g of nvfp4, for who keeps one elsewhere (`mxfp4_rl.kv_cache`); None takes it from `x`.
+        importance: float32 (K,), K elements along `axis`, not negative: what the elements' squared errors are multiplied by
+            where a rule compares scales by them. For a weight, the mean squares of its inputs. None weighs all alike.
 
     Returns:
         MXFP4Tensor or NVFP4Tensor, by the recipe's format.
 
     Raises:
         TypeError: `x` is not one of the floating types above. IndexError: no such axis. ValueError: a backend that does not
-        exist, is not there, or does not know the recipe; a tensor scale for a recipe that has none or chooses its own.
+        exist, is not there, or does not know the recipe; a tensor scale for a recipe that has none or chooses its own; an
+        importance of another shape, negative or not finite, or for a recipe that does not weigh errors.
     """
     recipe = recipe or QuantRecipe()
     check(x, axis)
+    if importance is not None:
+        _check_importance(importance, x.shape[axis], recipe)
     if tensor_scale is not None and (recipe.format != "nvfp4" or recipe.scale_rule == "soar"):
         raise ValueError(f"tensor_scale={tensor_scale!r} is for nvfp4's rules but soar, not {recipe.describe()}: give None")
     if kernels := triton_module(kernels_of(recipe), x, recipe, backend):
-        given = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
+        given: dict[str, Any] = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
+        if importance is not None:
+            given["importance"] = importance
         return kernels.packed(x.detach(), recipe, axis % x.ndim, **given)
     rows = Rows(x.detach(), axis, recipe)
-    quantizer, chunks = _passes(rows, recipe, seed, tensor_scale=tensor_scale)
+    quantizer, chunks = _passes(rows, recipe, seed, tensor_scale=tensor_scale, importance=importance)
 
     def store(width, dtype=torch.uint8):
         return torch.empty(rows.count, width, dtype=dtype, device=x.device)
@@ -131,9 +140,18 @@ def passes(
     return rows, _passes(rows, recipe, seed, keep_source=True)[1]
 
 
-def _passes(rows: Rows, recipe: QuantRecipe, seed: int | None, keep_source: bool = False, tensor_scale: float | None = None):
+def _passes(
+    rows: Rows,
+    recipe: QuantRecipe,
+    seed: int | None,
+    keep_source: bool = False,
+    tensor_scale: float | None = None,
+    importance: torch.Tensor | None = None,
+):
     """The tensor's quantiser, and an iterator over (rows or the chunk's source, Chunk)."""
-    fixed = {} if tensor_scale is None else {"fixed_scale": tensor_scale}
+    fixed: dict[str, Any] = {} if tensor_scale is None else {"fixed_scale": tensor_scale}
+    if importance is not None:
+        fixed["error_weights"] = rows.error_weights(importance)
     quantizer = _QUANTIZERS[recipe.format](recipe, rows, _drawn(seed, recipe), **fixed)
 
     def chunks():
@@ -189,6 +207,15 @@ def triton_module(name: str, x: torch.Tensor, recipe: QuantRecipe, backend: str 
             raise ValueError(f"backend='triton' has no kernel for {recipe.describe()} ({why}): use 'reference' or None")
         return None
     return kernels
+
+
+def _check_importance(importance: torch.Tensor, length: int, recipe: QuantRecipe) -> None:
+    if why := recipe.why_not_weighed():
+        raise ValueError(f"importance is not for {recipe.describe()}: {why}")
+    if importance.dtype != torch.float32 or importance.shape != (length,):
+        raise ValueError(f"importance is {importance.dtype} {tuple(importance.shape)}, not float32 ({length},)")
+    if not (importance.isfinite() & (importance >= 0)).all():
+        raise ValueError("importance holds a number that is negative or not finite")
 
 
 def check(x: torch.Tensor, axis: int) -> None:

@@ -23,7 +23,7 @@ def same(x, recipe, axis, dtype=torch.float32, **scale):
     broken = (theirs["scales"] == (255 if recipe.format == "mxfp4" else 127)).repeat_interleave(recipe.block_size // 2, -1)
     for key, tensor in theirs.items():
         assert_same(ours[key], tensor, broken if key == "codes" else None)
-    if not scale:
+    if not scale:  # what `quantize` alone takes
         got = fake_quantize(x.to(DEVICE), recipe, axis, dtype=dtype, backend="triton")
         assert_same(got, fake_quantize(x, recipe, axis, dtype=dtype))
 
@@ -58,6 +58,16 @@ def test_windows(name, window):
 @pytest.mark.parametrize("scale", [2.0**-9, 0.003, 1e30])
 def test_a_scale_of_the_tensor_that_is_given(rule, scale):
     same(data((6, 64), torch.float32), QuantRecipe(format="nvfp4", scale_rule=rule), 1, tensor_scale=scale)
+
+
+@pytest.mark.parametrize("name", ["nvfp4+four-over-six", "nvfp4+search", "mxfp4+search"])
+@pytest.mark.parametrize("length", [33, 64, 576])
+def test_weighed_errors(name, length):
+    x = data((70, length), torch.float32)
+    importance = torch.rand(length, generator=torch.Generator().manual_seed(2)) ** 8
+    importance[5:21] = 0
+    same(x, QuantRecipe.parse(name), 1, importance=importance)
+    same(x.T, QuantRecipe.parse(name), 0, importance=importance)
 
 
 def test_views_empty_tensors_and_float16():

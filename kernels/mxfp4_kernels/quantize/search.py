@@ -25,6 +25,7 @@ from mxfp4_kernels.device import (
 from mxfp4_kernels.quantize.triton import _encode, _words
 from mxfp4_rl.quant.elements import E2M1_MAX
 from mxfp4_rl.quant.nvfp4 import LARGEST_AMAX, SMALLEST_TENSOR_SCALE, TARGET
+from mxfp4_rl.quant.passes import error_weights
 from mxfp4_rl.quant.scales import carry_and_exponent
 from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axis_back
 from mxfp4_rl.recipe import QuantRecipe
@@ -100,24 +101,34 @@ def _amax_kernel(x_ptr, bits_ptr, count, N: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _squared_error(x, code, g, B: tl.constexpr):
+def _weights(weights_ptr, first, per_row, N: tl.constexpr, B: tl.constexpr):
+    """What the squared errors of the program's blocks are multiplied by, (N, B), of weights (per_row, B); 1 without any."""
+    if weights_ptr is None:
+        return tl.full((N, B), 1.0, tl.float32)
+    block = (first + tl.arange(0, N)) % per_row
+    return tl.load(weights_ptr + block[:, None] * B + tl.arange(0, B)[None, :])
+
+
+@triton.jit
+def _squared_error(x, code, g, weights, B: tl.constexpr):
     """Of the blocks x with these scales, in units of g, (N,) (`NVFP4Quantizer._best`)."""
     N: tl.constexpr = x.shape[0]
     value = _e4m3_value(code)
     to_grid = tl.div_rn(tl.div_rn(tl.full((N,), 1.0, tl.float32), g), value)
     away = round_e2m1(x * to_grid[:, None]) * (value * g)[:, None] - x
     away = tl.div_rn(away, tl.broadcast_to(g[:, None], (N, B)))
-    return _fold(away * away)
+    return _fold(away * away * weights)
 
 
 @triton.jit
 def _nvfp4_kernel(
-    x_ptr, bits_ptr, given_ptr, g_ptr, codes_ptr, scales_ptr, out_ptr, count, FIRST,
+    x_ptr, weights_ptr, bits_ptr, given_ptr, g_ptr, codes_ptr, scales_ptr, out_ptr, count, per_row, FIRST,
     COUNT: tl.constexpr, RULE: tl.constexpr, UNIT: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """given_ptr: the scale of the tensor; None takes it from bits_ptr and stores it. FIRST, COUNT: the window."""
     x, first, there = _blocks(x_ptr, count, N, B)
+    weights = _weights(weights_ptr, first, per_row, N, B)
     if given_ptr is None:
         largest = tl.full((N,), 0.0, tl.float32) + tl.load(bits_ptr).to(tl.float32, bitcast=True)
         g = tl.maximum(tl.div_rn(tl.minimum(largest, LARGEST), tl.full((N,), UNIT, tl.float32)), SMALLEST)
@@ -133,13 +144,13 @@ def _nvfp4_kernel(
         code = _e4m3_code(tl.div_rn(known * 0.25, g))
     elif RULE == _FOUR_OVER_SIX:
         four = _e4m3_code(tl.div_rn(known * 0.25, g))
-        code = tl.where(_squared_error(x, four, g, B) < _squared_error(x, six, g, B), four, six)
+        code = tl.where(_squared_error(x, four, g, weights, B) < _squared_error(x, six, g, weights, B), four, six)
     elif RULE == _SEARCH:
         code = tl.minimum(tl.maximum(six + FIRST, 1), 126)
         least = tl.full((N,), float("inf"), tl.float32)
         for step in range(COUNT):
             candidate = tl.minimum(tl.maximum(six + FIRST + step, 1), 126)
-            error = _squared_error(x, candidate, g, B)
+            error = _squared_error(x, candidate, g, weights, B)
             code = tl.where(error < least, candidate, code)
             least = tl.where(error < least, error, least)
     code = tl.where(finite, code, 127)
@@ -150,11 +161,12 @@ def _nvfp4_kernel(
 
 @triton.jit
 def _mxfp4_kernel(
-    x_ptr, codes_ptr, scales_ptr, out_ptr, count, FIRST,
+    x_ptr, weights_ptr, codes_ptr, scales_ptr, out_ptr, count, per_row, FIRST,
     COUNT: tl.constexpr, CARRY: tl.constexpr, SHIFT: tl.constexpr, N: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The exponents of a window around rceil's, the errors in units of its scale (`MXFP4Quantizer._search`)."""
     x, first, there = _blocks(x_ptr, count, N, B)
+    weights = _weights(weights_ptr, first, per_row, N, B)
     start = scale_byte(largest_magnitude(x, 1), CARRY, SHIFT)
     t = x * inverse_scale(start)[:, None]
     byte = start
@@ -165,7 +177,7 @@ def _mxfp4_kernel(
         in_units = t * inverse_scale(shift)[:, None]
         away = round_e2m1(in_units) - in_units
         worth = exp2_byte(shift)
-        error = _fold(away * away) * (worth * worth)
+        error = _fold(away * away * weights) * (worth * worth)
         byte = tl.where(error < least, candidate, byte)
         least = tl.where(error < least, error, least)
     t = t * inverse_scale(byte - start + 127)[:, None]
@@ -203,13 +215,20 @@ def operand(x: torch.Tensor, recipe: QuantRecipe, axis: int, dtype: torch.dtype,
 
 
 @launches
-def packed(x: torch.Tensor, recipe: QuantRecipe, axis: int, tensor_scale: float | None = None) -> QuantizedTensor:
+def packed(
+    x: torch.Tensor,
+    recipe: QuantRecipe,
+    axis: int,
+    tensor_scale: float | None = None,
+    importance: torch.Tensor | None = None,
+) -> QuantizedTensor:
     """`quantize`."""
     rows, width = _rows(x, recipe, axis)
     lead = [*x.shape[:axis], *x.shape[axis + 1 :]]
     words = torch.empty(*lead, width // 8, dtype=torch.int32, device=x.device)
     scales = torch.empty(*lead, width // recipe.block_size, dtype=torch.uint8, device=x.device)
-    g = _launch(rows, recipe, tensor_scale, words, scales)
+    weights = None if importance is None else error_weights(importance.to(x.device), width, recipe.block_size).contiguous()
+    g = _launch(rows, recipe, tensor_scale, words, scales, weights=weights)
     codes = words.view(torch.uint8) if width else words.new_empty(*lead, 0, dtype=torch.uint8)
     common: dict[str, Any] = {"shape": x.shape, "axis": axis, "block_size": recipe.block_size}
     if recipe.format == "nvfp4":
@@ -226,17 +245,19 @@ def _rows(x: torch.Tensor, recipe: QuantRecipe, axis: int) -> tuple[torch.Tensor
     return moved.reshape(-1, width).contiguous() if x.numel() else x.new_empty(0, width), width
 
 
-def _launch(rows: torch.Tensor, recipe: QuantRecipe, given: float | None, codes=None, scales=None, out=None):
+def _launch(rows: torch.Tensor, recipe: QuantRecipe, given: float | None, codes=None, scales=None, out=None, weights=None):
     """Fill codes and scales, or out; returns NVFP4's scale of the tensor."""
     size = recipe.block_size
-    count = rows.numel() // size
+    count, per_row = rows.numel() // size, rows.shape[-1] // size
     grid = (triton.cdiv(count, _TILE),)
     window = recipe.window if recipe.scale_rule == "search" else range(1)
     common = {"N": _TILE, "B": size, "PACKED": out is None, "COUNT": len(window), "num_warps": 4, "enable_fp_fusion": False}
     if recipe.format == "mxfp4":
         carry, exponent = carry_and_exponent(recipe.scale_rule)
         if count:
-            _mxfp4_kernel[grid](rows, codes, scales, out, count, window.start, CARRY=carry, SHIFT=2 + exponent, **common)
+            _mxfp4_kernel[grid](
+                rows, weights, codes, scales, out, count, per_row, window.start, CARRY=carry, SHIFT=2 + exponent, **common
+            )  # fmt: skip
         return None
     bits = torch.zeros((), dtype=torch.int32, device=rows.device)
     g = torch.full((), SMALLEST_TENSOR_SCALE if given is None else given, dtype=torch.float32, device=rows.device)
@@ -244,7 +265,7 @@ def _launch(rows: torch.Tensor, recipe: QuantRecipe, given: float | None, codes=
         if given is None:
             _amax_kernel[(triton.cdiv(count, _AMAX_TILE),)](rows, bits, count, N=_AMAX_TILE, B=size)
         _nvfp4_kernel[grid](
-            rows, bits, None if given is None else g, g, codes, scales, out, count, window.start,
+            rows, weights, bits, None if given is None else g, g, codes, scales, out, count, per_row, window.start,
             RULE=_RULES[recipe.scale_rule].value, UNIT=E2M1_MAX * TARGET[recipe.scale_rule], **_LIMITS, **common,
         )  # fmt: skip
     return g
