@@ -184,6 +184,15 @@ CASES = [
         for words in ("nvfp4", "nvfp4+four-over-six", "nvfp4+search", "mxfp4+search")
         for what, call in (("codes", search.packed), ("operand", partial(search.operand, dtype=torch.bfloat16)))
     ),
+    *(
+        Case(
+            f"codes of weighed errors, {words}",
+            lambda words=words: search.packed(
+                meta(512, 4096), QuantRecipe.parse(words), 1, importance=meta(4096, dtype=torch.float32)
+            ),
+        )
+        for words in ("nvfp4+search", "mxfp4+search")
+    ),
     Case(
         "containers of whole rows", lambda: containers(meta(512, 4096), PLAIN, whole_rows=True), expect={"_rows_kernel": TO_FP8}
     ),

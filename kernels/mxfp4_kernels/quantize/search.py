@@ -104,9 +104,11 @@ def _amax_kernel(x_ptr, bits_ptr, count, N: tl.constexpr, B: tl.constexpr):
 def _weights(weights_ptr, first, per_row, N: tl.constexpr, B: tl.constexpr):
     """What the squared errors of the program's blocks are multiplied by, (N, B), of weights (per_row, B); 1 without any."""
     if weights_ptr is None:
-        return tl.full((N, B), 1.0, tl.float32)
-    block = (first + tl.arange(0, N)) % per_row
-    return tl.load(weights_ptr + block[:, None] * B + tl.arange(0, B)[None, :])
+        weights = tl.full((N, B), 1.0, tl.float32)
+    else:
+        block = (first + tl.arange(0, N)) % per_row
+        weights = tl.load(weights_ptr + block[:, None] * B + tl.arange(0, B)[None, :])
+    return weights
 
 
 @triton.jit
