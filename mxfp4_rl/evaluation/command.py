@@ -282,7 +282,7 @@ def _examples(questions, measured: dict, tokenizer) -> list[dict]:
     ]
 
 
-def write(text: str, out: Path) -> None:
+def write(content: str | bytes, out: Path) -> None:
     """A file, whole or not at all, its folder made where needed.
 
     Raises:
@@ -291,7 +291,7 @@ def write(text: str, out: Path) -> None:
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, out)
     except OSError as error:
         raise LaunchError(f"--out {out} cannot be written: {error}") from error

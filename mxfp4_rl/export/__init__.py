@@ -1,7 +1,7 @@
 """`mxfp4-rl export`: a trained model as a checkpoint that others serve.
 
 `formats` says what a format stores and what it cannot carry, `experts` what files and servers call experts, `plan` which
-tensors are quantised, `importance` reads and writes inputs' mean squares; `write` streams the tensors into sharded files,
+tensors are quantised, `importance` the file of inputs' mean squares; `write` streams the tensors into sharded files,
 `verify` reads them back; `command` is the command line, whose help needs no torch.
 """
 

@@ -5,24 +5,20 @@ safetensors, a float32 (in,) tensor a Linear layer, by the layer's name. (llama.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from mxfp4_rl.export import ExportError
 
 
-def write_importance(path: Path, importance: Mapping[str, torch.Tensor]) -> None:
-    """Write the file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+def importance_file(importance: Mapping[str, torch.Tensor]) -> bytes:
+    """The file's content."""
     # Layers that share their inputs share a tensor here, which safetensors does not store.
-    save_file({name: own.cpu().clone() for name, own in importance.items()}, part)
-    os.replace(part, path)
+    return save({name: own.cpu().clone() for name, own in importance.items()})
 
 
 def read_importance(path: str) -> dict[str, torch.Tensor]:

@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import torch
 
     from mxfp4_rl.evaluation.command import find_device, load, progress, write
-    from mxfp4_rl.export.importance import write_importance
+    from mxfp4_rl.export.importance import importance_file
     from mxfp4_rl.launch.records import versions
     from mxfp4_rl.ptq.outputs import LayerOutputs, mean_and_worst
     from mxfp4_rl.ptq.page import page
@@ -230,7 +230,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     text = page(record)
     print(f"\n{text}")
     if importance is not None:
-        write_importance(out / IMPORTANCE, importance)
+        write(importance_file(importance), out / IMPORTANCE)
     write(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / FILES[0])
     write(text, out / FILES[1])
     print(f"written: {out / FILES[0]}, {FILES[1]}", flush=True)

@@ -111,10 +111,6 @@ class Rows:
                 x.copy_(rotate(x, self.recipe.hadamard))
             yield r, b
 
-    def error_weights(self, importance: torch.Tensor) -> torch.Tensor:
-        """`error_weights` for these rows' blocks, on their device."""
-        return error_weights(importance.to(self.flat.device), self.width, self.recipe.block_size)
-
     def block_amax(self) -> torch.Tensor:
         """Largest magnitude of every block (of its tile, with 2-D blocks), float32 (rows, blocks)."""
         out = torch.empty(self.count, self.blocks, device=self.flat.device)

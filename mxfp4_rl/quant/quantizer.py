@@ -17,7 +17,7 @@ from mxfp4_rl.quant.elements import encode_e2m1, pack_codes
 from mxfp4_rl.quant.hadamard import rotate_back
 from mxfp4_rl.quant.mxfp4 import MXFP4Quantizer
 from mxfp4_rl.quant.nvfp4 import NVFP4Quantizer
-from mxfp4_rl.quant.passes import Chunk, Rows
+from mxfp4_rl.quant.passes import Chunk, Rows, error_weights
 from mxfp4_rl.quant.tensor import MXFP4Tensor, NVFP4Tensor, QuantizedTensor, axis_back, saturated
 from mxfp4_rl.recipe import QuantRecipe
 
@@ -151,7 +151,7 @@ def _passes(
     """The tensor's quantiser, and an iterator over (rows or the chunk's source, Chunk)."""
     fixed: dict[str, Any] = {} if tensor_scale is None else {"fixed_scale": tensor_scale}
     if importance is not None:
-        fixed["error_weights"] = rows.error_weights(importance)
+        fixed["error_weights"] = error_weights(importance.to(rows.flat.device), rows.width, recipe.block_size)
     quantizer = _QUANTIZERS[recipe.format](recipe, rows, _drawn(seed, recipe), **fixed)
 
     def chunks():
