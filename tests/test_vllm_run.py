@@ -4,6 +4,8 @@ Needs vLLM's build for CPUs (`make test-vllm`), skipped without it.
 """
 
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,25 @@ def test_two_steps_with_rollouts_by_vllm(tmp_path, architecture, more, path):
     assert path in log and "quantised weights take" in log
     _, bytes_shipped = run.series("mxfp4_sync/bytes")
     assert len(set(bytes_shipped)) == 1 and bytes_shipped[0] > 0
+
+
+def test_two_runs_on_a_machine_keep_their_weights(tmp_path):
+    """verl names the socket of a weight sync by Ray's job id, the same in both: one's engine would take the other's weights."""
+    processes, sockets = {}, set()
+    for name, more in {"bf16": ["mxfp4.enable=false"], "mxfp4": []}.items():
+        own = ["--config-name", "quickstart_vllm", "trainer.total_training_steps=2", "trainer.test_freq=-1", *more]
+        own += ["trainer.val_before_train=false", "actor_rollout_ref.rollout.max_model_len=256"]
+        model = make_tiny_model(tmp_path / f"tiny-{name}", hidden=128, intermediate=128, architecture="qwen3")
+        log = (tmp_path / f"{name}.txt").open("w")
+        asked = command(model, tmp_path / name, *own)
+        processes[name] = subprocess.Popen(asked, env=environment(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
+    until = time.monotonic() + 600
+    while any(process.poll() is None for process in processes.values()) and time.monotonic() < until:
+        sockets |= {path.name for path in Path("/tmp").glob("rl-colocate-zmq-*")}
+        time.sleep(0.01)
+    for name, process in processes.items():
+        logs = (tmp_path / f"{name}.txt", tmp_path / name / "verl.log")
+        assert process.poll() == 0, "\n".join(log.read_text()[-6000:] for log in logs)
+        _, k3 = RunLog.load(tmp_path / name).series("rollout_corr/k3_kl")
+        assert len(k3) == 2 and all(0 <= value < 0.02 for value in k3)
+    assert len(sockets) == 2, sockets

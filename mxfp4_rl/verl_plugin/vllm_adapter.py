@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 
+import ray
 import torch
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
 from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.weight_socket import run_id
 from mxfp4_rl.vllm_plugin.shipment import Shipment
 
 
 class MXFP4ServerAdapter(ServerAdapter):
-    """verl's adapter; with `mxfp4.enable=false` nothing else."""
+    """verl's adapter with a socket of this run's own; with `mxfp4.enable=false` nothing else."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.zmq_handle = self.zmq_handle.replace(ray.get_runtime_context().get_job_id(), run_id())  # as MXFP4vLLMServer does
 
     async def update_weights(self, weights, global_steps: int | None = None, wire_format: str = "named_tensors", **kwargs):
         settings = Settings.from_config(dict(self.config.custom or {}).get("mxfp4"))

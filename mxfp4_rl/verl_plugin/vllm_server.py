@@ -8,11 +8,13 @@ of the norm weights; validation takes it off without another sync. With `mxfp4.e
 from __future__ import annotations
 
 import json
+import os
 
 import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from mxfp4_rl.settings import Settings
+from mxfp4_rl.verl_plugin.weight_socket import run_id
 from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
 
 WORKER_EXTENSION = "mxfp4_rl.verl_plugin.vllm_worker.MXFP4WorkerExtension"
@@ -20,6 +22,11 @@ WORKER_EXTENSION = "mxfp4_rl.verl_plugin.vllm_worker.MXFP4WorkerExtension"
 
 class MXFP4vLLMServer(vLLMHttpServer):
     """verl's server: vLLM in one node, with the recipe of `rollout.custom.mxfp4`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # vLLM's workers, which start later, name the socket by it. verl has put Ray's job id here.
+        os.environ["VERL_RAY_JOB_ID"] = run_id()
 
     def _init_config(self, config):
         config = super()._init_config(config)

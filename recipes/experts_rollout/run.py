@@ -133,11 +133,13 @@ def measure(arguments) -> dict:
 
     began = time.perf_counter()
     phase(f"{arguments.variant}: engine")
+    # vLLM's choice for BF16 experts, FlashInfer's CUTLASS kernels, compiles for minutes on a host that never ran them.
+    backend = {"moe_backend": arguments.moe_backend} if recipe is None else {}
     graphs = {} if arguments.eager else {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
     llm = offline.start(
         arguments.folder, recipe, skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=max(arguments.sequences), seed=1,
         gpu_memory_utilization=0.1, kv_cache_memory_bytes=arguments.kv_mib << 20, enable_prefix_caching=False,
-        enforce_eager=arguments.eager, **graphs,
+        enforce_eager=arguments.eager, **graphs, **backend,
     )  # fmt: skip
     held = offline.model_of(llm)
     row["start_s"] = time.perf_counter() - began
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=64, help="tokens of a response")
     parser.add_argument("--kv-mib", type=int, default=1024, help="MiB of an engine's key-value cache")
     parser.add_argument("--seconds", type=float, default=240, help="stop a variant after this long")
+    parser.add_argument("--moe-backend", default="triton", help="vLLM's, for BF16; its own choice is auto")
     parser.add_argument("--eager", action="store_true", help="vLLM without compilation and CUDA graphs")
     parser.add_argument("--out", type=Path, help="write the rows as JSON, after every variant")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -263,7 +266,7 @@ def main() -> None:
         config = {**_COMMON, **SHAPES[arguments.shape]}
         config["num_hidden_layers"] = arguments.layers or config["num_hidden_layers"]
         Path(folder, "config.json").write_text(json.dumps(config))
-        options = ["--folder", folder, *(["--eager"] if arguments.eager else [])]
+        options = ["--folder", folder, "--moe-backend", arguments.moe_backend, *(["--eager"] if arguments.eager else [])]
         for name in ("tokens", "prompts", "response", "kv_mib"):
             options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         options += ["--sequences", *map(str, arguments.sequences)]
