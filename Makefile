@@ -60,9 +60,9 @@ $(VENV_VLLM)/.installed: pyproject.toml Makefile tests/vllm_for_cpu/setup.py
 
 vllm: $(VENV_VLLM)/.installed  ## an environment with vLLM's build for CPUs, in .venv-vllm, about 7 GB
 
-test-vllm: $(VENV_VLLM)/.installed  ## the tests of the vLLM rollout, engines and a run of verl included, no GPU, about 15 minutes
+test-vllm: $(VENV_VLLM)/.installed  ## the tests of the vLLM rollout, runs of verl included, no GPU, about half an hour
 	$(VENV_VLLM)/bin/python -m pytest -q tests/test_vllm_engine.py tests/test_vllm_experts.py tests/test_vllm_layers.py \
-	  tests/test_vllm_layout.py tests/test_vllm_rollout.py tests/test_vllm_run.py
+	  tests/test_vllm_layout.py tests/test_vllm_rollout.py tests/test_vllm_run.py tests/test_resume_vllm.py
 
 paper-numbers: install  ## docs/paper_numbers.md, measured anew in about 2 minutes
 	$(BIN)/python -m mxfp4_rl.paper_numbers

@@ -11,6 +11,7 @@ import pytest
 
 from mxfp4_rl.monitor.run_log import RunLog
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
+from tests.test_faults import Run
 from tests.test_verl_run import command, environment, ray_processes
 
 if not pytest.importorskip("vllm.platforms").current_platform.is_cpu():
@@ -46,9 +47,14 @@ def test_two_steps_with_rollouts_by_vllm(tmp_path, architecture, more, path):
     assert len(set(bytes_shipped)) == 1 and bytes_shipped[0] > 0
 
 
+def sockets():
+    """Those of weight syncs that are going on, or were when their run was killed."""
+    return set(Path("/tmp").glob("rl-colocate-zmq-*"))
+
+
 def test_two_runs_on_a_machine_keep_their_weights(tmp_path):
     """verl names the socket of a weight sync by Ray's job id, the same in both: one's engine would take the other's weights."""
-    processes, sockets = {}, set()
+    processes, others, seen = {}, sockets(), set()
     for name, more in {"bf16": ["mxfp4.enable=false"], "mxfp4": []}.items():
         own = ["--config-name", "quickstart_vllm", "trainer.total_training_steps=2", "trainer.test_freq=-1", *more]
         own += ["trainer.val_before_train=false", "actor_rollout_ref.rollout.max_model_len=256"]
@@ -58,11 +64,43 @@ def test_two_runs_on_a_machine_keep_their_weights(tmp_path):
         processes[name] = subprocess.Popen(asked, env=environment(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
     until = time.monotonic() + 600
     while any(process.poll() is None for process in processes.values()) and time.monotonic() < until:
-        sockets |= {path.name for path in Path("/tmp").glob("rl-colocate-zmq-*")}
+        seen |= sockets() - others
         time.sleep(0.01)
     for name, process in processes.items():
         logs = (tmp_path / f"{name}.txt", tmp_path / name / "verl.log")
         assert process.poll() == 0, "\n".join(log.read_text()[-6000:] for log in logs)
         _, k3 = RunLog.load(tmp_path / name).series("rollout_corr/k3_kl")
         assert len(k3) == 2 and all(0 <= value < 0.02 for value in k3)
-    assert len(sockets) == 2, sockets
+    assert len(seen) == 2, seen
+
+
+def is_sent_to(worker, others):
+    """Whether the trainer is sending weights; then the worker is left suspended, and the trainer waits for it."""
+    if not sockets() - others:
+        time.sleep(0.001)
+        return False
+    worker.suspend()
+    time.sleep(0.5)
+    if sockets() - others:
+        return True
+    worker.resume()
+    return False
+
+
+@pytest.mark.parametrize("enable", ["true", "false"])
+def test_an_engine_that_dies_in_a_weight_sync_ends_the_run(tmp_path, enable):
+    """verl's sender waits for ever for a receiver that is gone."""
+    model = make_tiny_model(tmp_path / "tiny", hidden=128, intermediate=128, architecture="qwen3")
+    own = ["--config-name=quickstart_vllm", "actor_rollout_ref.rollout.max_model_len=256", f"mxfp4.enable={enable}"]
+    others = sockets()
+    run = Run(model, tmp_path, *own, "trainer.total_training_steps=500", "trainer.save_freq=1")
+    run.wait_for_checkpoint()
+    (victim,) = [process for process, name in run.processes().items() if name.startswith("VLLM::Worker")]
+    until = time.monotonic() + 200
+    while not is_sent_to(victim, others):
+        assert run.process.poll() is None and time.monotonic() < until, run.output.read_text()
+    victim.kill()
+    output = run.end(90)
+    assert run.process.returncode == 1, output
+    assert "the rollout server died (MXFP4vLLMServer, process" in output and "vLLM's engine died" in output
+    run.assert_checkpoint(output)

@@ -158,4 +158,4 @@ def _why(cause: str) -> str:
         return "Ray's memory monitor ended it: too little memory on that node"
     if "exit code" in cause and (code := re.search(r"exit code (\d+)", cause)):
         return f"it ended with exit code {code.group(1)}"
-    return "killed by a signal (SIGKILL by the kernel's out-of-memory killer?) or crashed"
+    return "killed by a signal (SIGKILL by the kernel's out-of-memory killer?), crashed, or ended by itself"

@@ -7,16 +7,19 @@ of the norm weights; validation takes it off without another sync. With `mxfp4.e
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
 import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from mxfp4_rl.launch.failure import FAULT_MARK
 from mxfp4_rl.settings import Settings
 from mxfp4_rl.verl_plugin.weight_socket import run_id
 from mxfp4_rl.vllm_plugin import METHOD, compile_key, quantization_config
 
+ENGINE_GRACE_SECONDS = 10.0  # for an error of verl's own, which says more
 WORKER_EXTENSION = "mxfp4_rl.verl_plugin.vllm_worker.MXFP4WorkerExtension"
 
 
@@ -36,6 +39,22 @@ class MXFP4vLLMServer(vLLMHttpServer):
         self._schedule = vars(aqn.schedule(steps)) if self.settings.enable and aqn.enable else None
         self._noise_on, self._last_sync, self._said = True, {}, False
         return config
+
+    async def run_server(self, args):
+        await super().run_server(args)
+        self._engine_watch = asyncio.create_task(self._end_with_engine())
+
+    async def _end_with_engine(self) -> None:
+        """End this actor where vLLM's processes died: a trainer in the middle of a weight sync would wait for them for ever."""
+        while not self.engine.errored:
+            await asyncio.sleep(1.0)
+        print(
+            f"{FAULT_MARK}vLLM's engine died, and so its rollout server (process {os.getpid()}) ends: the first ERROR of "
+            "EngineCore or Worker in verl.log says why",
+            flush=True,
+        )
+        await asyncio.sleep(ENGINE_GRACE_SECONDS)
+        os._exit(1)  # the run's watch over Ray's actors ends the run
 
     def _apply_quantization(self):
         if not self.settings.enable:
