@@ -66,6 +66,8 @@ def test_two_runs_on_a_machine_keep_their_weights(tmp_path):
     while any(process.poll() is None for process in processes.values()) and time.monotonic() < until:
         seen |= sockets() - others
         time.sleep(0.01)
+    for process in processes.values():
+        process.terminate()  # one that hangs must not be left behind
     for name, process in processes.items():
         logs = (tmp_path / f"{name}.txt", tmp_path / name / "verl.log")
         assert process.poll() == 0, "\n".join(log.read_text()[-6000:] for log in logs)
