@@ -35,7 +35,7 @@ def _products(case: str, rows: int, weights: list[torch.Tensor]) -> Iterator[Row
     out, features = weights[0].shape
     (x,) = random(rows, features, copies=1)
     section, moved, rival = "Decode, against BF16", 2 * rows * (out + features), None
-    for variant in ("BF16", *VARIANTS, *([MARLIN] if marlin.available() else [])):
+    for variant in ("BF16", *VARIANTS, *([MARLIN] if marlin.available(out, features) else [])):
 
         def ms(variant=variant):
             if variant == "BF16":

@@ -6,19 +6,18 @@ import importlib.util
 
 import torch
 
+from mxfp4_rl.export.serving import marlin_has_a_tiling
 from mxfp4_rl.quant.tensor import MXFP4Tensor
 
 
-def available() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+def available(outputs: int, inputs: int) -> bool:
+    """Whether vLLM is here, and its Marlin has a tiling for the shape."""
+    here = torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
+    return here and marlin_has_a_tiling(inputs, outputs)
 
 
 def prepared(weight: MXFP4Tensor) -> torch.nn.Module:
-    """A layer with the weight in Marlin's order. Outputs must be a multiple of 64, inputs of 32.
-
-    Raises:
-        RuntimeError: Marlin has no tiling for the shape.
-    """
+    """A layer with the weight in Marlin's order."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_fp4_layer_for_marlin
 
     layer = torch.nn.Module()

@@ -100,6 +100,14 @@ def test_inputs_are_larger_than_the_cache_and_taken_equally_often(gpu, monkeypat
     assert timing.copies(1e6) == 1
 
 
+def test_marlin_takes_part_where_vllm_is_and_has_a_tiling(gpu, monkeypatch):
+    marlin = gpu.decode.marlin
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, expected in ((True, [True, False, False]), (None, [False] * 3)):
+        monkeypatch.setattr(marlin.importlib.util, "find_spec", lambda name, found=found: found)
+        assert [marlin.available(*shape) for shape in ((64, 128), (48, 64), (64, 80))] == expected
+
+
 def run(gpu, monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", *map(str, options)])
     gpu.main()
