@@ -9,10 +9,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from mxfp4_rl import ModelRecipe, QuantRecipe, convert, quantize
+from mxfp4_rl.cli import main
 from mxfp4_rl.generation import Sampling, generate
 from mxfp4_rl.nn import MXFP4Experts, convert_for_rollout, converted_layers
 from mxfp4_rl.nn.experts import PROJECTIONS
 from mxfp4_rl.quant import error_stats, fake_quantize
+from mxfp4_rl.tasks.tiny_model import make_tiny_model
 from tests.test_nn import FULL, llama
 from tests.test_quant import RECIPES, RULES, awkward, ids, same_bits
 
@@ -41,6 +43,19 @@ def test_error_statistics_agree(recipe):
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     here, there = error_stats(x, recipe).metrics(), error_stats(x.cuda(), recipe).metrics()
     assert there == pytest.approx(here, rel=1e-5, abs=2e-7)  # float32 sums of terms of size 1, in another order
+
+
+@pytest.mark.parametrize(
+    "format, recipe",
+    [("mxfp4-pack-quantized", "mxfp4"), ("nvfp4-pack-quantized", "nvfp4+four-over-six"), ("bf16", "mxfp4+mbs+of1")],
+)
+def test_an_export_is_the_cpus_bit_for_bit(format, recipe, tmp_path):
+    model = make_tiny_model(tmp_path / "model", intermediate=192)
+    for device in ("cpu", "cuda"):
+        options = ["--format", format, "--recipe", recipe, "--device", device, "--verify"]
+        assert main(["export", str(model), str(tmp_path / device), *options]) == 0
+    here, there = ((tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda"))
+    assert here == there
 
 
 def train(model):

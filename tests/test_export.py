@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxfp4_rl import QuantRecipe, quantize
 from mxfp4_rl.cli import main
-from mxfp4_rl.export import write
+from mxfp4_rl.export import plan, write
 from mxfp4_rl.settings import RECIPE_FILE
 from mxfp4_rl.tasks.tiny_model import make_tiny_model
 
@@ -148,6 +148,28 @@ def test_a_cut_off_export_looks_like_no_model_and_the_next_one_clears_it_away(mo
     monkeypatch.undo()
     assert export(model, tmp_path / "out", MXFP4, "mxfp4", "--verify") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gpu_without_room_is_an_error_that_names_the_way_out(model, tmp_path, monkeypatch, capsys):
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def only_when_verifying(*arguments):
+        return real(*arguments) if not (tmp_path / "out").exists() else no_room()
+
+    real = plan.quantise_group
+    monkeypatch.setattr(plan, "quantise_group", no_room)
+    assert export(model, tmp_path / "out", MXFP4, "mxfp4") == 2
+    assert "--device cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(plan, "quantise_group", only_when_verifying)
+    assert export(model, tmp_path / "out", MXFP4, "mxfp4", "--verify") == 2
+    assert "written but not verified" in capsys.readouterr().err and (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused(model, tmp_path, capsys):
+    assert export(model, tmp_path / "out", MXFP4, "mxfp4", "--device", "cuda") == 2
+    assert "this machine has 0 GPUs" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["flip", "drop", "add"])

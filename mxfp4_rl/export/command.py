@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean squares of the inputs, from mxfp4-rl ptq: weigh the squared errors that search and four-over-six compare",
     )
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file at most, e.g. 2GB; default: 5GB")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda where there is one; the bits are the same")
     parser.add_argument("--verify", action="store_true", help="read it back and compare bit for bit")
 
 
@@ -51,6 +52,7 @@ def run(options) -> int:
 
     from mxfp4_rl.analysis.checkpoint import CheckpointError, open_checkpoint
     from mxfp4_rl.analysis.progress import make_progress
+    from mxfp4_rl.evaluation.command import find_device
     from mxfp4_rl.evaluation.sources import find_model, find_recipe
     from mxfp4_rl.export.formats import FORMATS
     from mxfp4_rl.export.importance import read_importance
@@ -59,6 +61,7 @@ def run(options) -> int:
     from mxfp4_rl.export.write import write_export
 
     out, shard_bytes = Path(options.out).expanduser(), _bytes(options.shard_size)
+    device = find_device(options.device)
     model = find_model(options.model)
     options.bf16 = options.weight = options.activation = None
     recipe, where = find_recipe(options, model)
@@ -69,7 +72,7 @@ def run(options) -> int:
     try:
         with open_checkpoint(model) as checkpoint:
             importance = None if options.importance is None else read_importance(options.importance)
-            plan = Plan(checkpoint, recipe, FORMATS[options.format], importance)
+            plan = Plan(checkpoint, recipe, FORMATS[options.format], importance, device)
             weighed = f"; errors weighed with {options.importance}" if importance is not None else ""
             print(f"recipe    {recipe.describe()} ({where}); weights only{weighed}")
             if checkpoint.note:
@@ -80,7 +83,7 @@ def run(options) -> int:
             bits = counts["quantised_bytes"] * 8 / counts["quantised_elements"]
             print(
                 f"written   {out}: {counts['bytes'] / 1e6:.1f} MB in {counts['tensors']} tensors; {counts['quantised']} "
-                f"weights with {bits:.2f} bits a value; {time.monotonic() - began:.1f} s"
+                f"weights with {bits:.2f} bits a value; {time.monotonic() - began:.1f} s on {device}"
             )
             if plan.left_alone:
                 print(f"left      {len(plan.left_alone)} Linear layers unquantised, e.g. {next(iter(plan.left_alone))}")
@@ -104,6 +107,11 @@ def _verify(checkpoint, plan, out, verify_export, progress) -> int:
     except ExportError as error:
         print(f"mxfp4-rl: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        raise LaunchError(
+            f"{out} was written but not verified, {plan.device} has no room for a weight ({error}): "
+            "remove it, and give --device cpu"
+        ) from error
     print(f"verified  {counts['tensors']} tensors bit for bit")
     if counts["decompressed"]:
         apart = counts["rounded_apart"]

@@ -88,7 +88,7 @@ def _nvfp4(name: str, weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     return {
         f"{name}_packed": weight.codes,
         f"{name}_scale": weight.scales.view(torch.float8_e4m3fn),
-        f"{name}_global_scale": (1.0 / weight.tensor_scale).reshape(1),
+        f"{name}_global_scale": (1.0 / weight.tensor_scale.cpu()).reshape(1),  # divided in one place for all devices
     }
 
 

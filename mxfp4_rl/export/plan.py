@@ -29,6 +29,7 @@ class Plan:
 
     Args:
         importance: layer -> mean squares of its inputs, float32 (in,), which weigh the squared errors of all layers.
+        device: where weights are quantised and dequantised, one after the other; the bits are the same on all.
 
     Raises:
         ExportError: the format cannot carry a recipe, a shape or this model, or the importance is not of its layers.
@@ -40,6 +41,7 @@ class Plan:
         recipe: ModelRecipe,
         format: Format,
         importance: Mapping[str, torch.Tensor] | None = None,
+        device: str = "cpu",
     ):
         if checkpoint.format == "gguf":
             raise ExportError("a GGUF file permutes rows and renames tensors: give the model as safetensors")
@@ -61,7 +63,7 @@ class Plan:
         for name, reason in left_out.items():
             if reason.startswith("experts in a fused tensor"):  # training would quantise them
                 raise ExportError(f"{name}: {reason}")
-        self.format, self._importance = format, importance
+        self.format, self.device, self._importance = format, device, importance
         self.routers = [name.removesuffix(".weight") for name, reason in left_out.items() if reason == "router"]
         self.recipes: dict[str, ModelRecipe] = {}
         self.left_alone: dict[str, str] = {}
@@ -161,9 +163,9 @@ class Plan:
         for info in checkpoint.tensors:
             module = info.name.removesuffix(".weight")
             if info.name in self._apart:
-                yield from self._taken_apart(checkpoint.read(info).to(dtype), self._apart[info.name])
+                yield from self._taken_apart(checkpoint.read(info).to(self.device, dtype), self._apart[info.name])
             elif info.name in self._axes:
-                weight, recipe = checkpoint.read(info).to(dtype), self.recipes[info.name].weight
+                weight, recipe = checkpoint.read(info).to(self.device, dtype), self.recipes[info.name].weight
                 yield info.name, quantize_experts(weight, recipe, self._axes[info.name]), info.elements
             elif module not in self.recipes or not info.name.endswith(".weight"):
                 tensor = checkpoint.read(info)
@@ -171,7 +173,7 @@ class Plan:
             elif module not in done:
                 group = self.group(module)
                 done.update(group)
-                weights = [checkpoint.read(self._infos[f"{m}.weight"]).to(dtype) for m in group]
+                weights = [checkpoint.read(self._infos[f"{m}.weight"]).to(self.device, dtype) for m in group]
                 yield from self._quantised(group, weights)
 
     def _taken_apart(self, experts: torch.Tensor, layers: dict[str, tuple[int, slice]]):
@@ -185,7 +187,7 @@ class Plan:
                 yield from ((f"{m}.weight", w, w.numel()) for m, w in zip(group, weights, strict=True))
 
     def _quantised(self, group: list[str], weights: list[torch.Tensor]):
-        importance = None if self._importance is None else self._importance[group[0]]  # they share their inputs
+        importance = None if self._importance is None else self._importance[group[0]].to(self.device)  # they share their inputs
         quantised = quantise_group(weights, self.recipes[group[0]].weight, self.format.shares_scale, importance)
         yield from ((f"{m}.weight", q, q.shape.numel()) for m, q in zip(group, quantised, strict=True))
 
@@ -198,8 +200,9 @@ class Plan:
         return serving.notes(quantised, set(self.left_alone))
 
     def stored(self, name: str, tensor: torch.Tensor | QuantizedTensor) -> dict[str, torch.Tensor]:
-        """What is written of a pair of `tensors`, by name."""
-        return self.format.stored(name, tensor) if isinstance(tensor, QuantizedTensor) else {name: tensor}
+        """What is written of a pair of `tensors`, by name, on the CPU."""
+        stored = self.format.stored(name, tensor) if isinstance(tensor, QuantizedTensor) else {name: tensor}
+        return {own: t.cpu() for own, t in stored.items()}
 
     def config(self, checkpoint: Checkpoint, dtype: torch.dtype) -> dict:
         """config.json of the export."""

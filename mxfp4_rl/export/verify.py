@@ -40,12 +40,12 @@ def verify_export(
                     raise ExportError(f"{out}: {own} differs from what the source and the recipe give")
                 counts["tensors"] += 1
             if len(read) > 1 and decompress is not None:  # one tensor alone is dequantised already
-                theirs = decompress({own.rpartition(".")[2]: t for own, t in read.items()})
+                theirs = decompress({own.rpartition(".")[2]: t.to(plan.device) for own, t in read.items()})
                 if theirs is None:
                     decompress = None
                 else:
                     counts["decompressed"] += 1
-                    apart = theirs.to(torch.bfloat16) != tensor.dequantize(torch.bfloat16)
+                    apart = theirs.to(plan.device, torch.bfloat16) != tensor.dequantize(torch.bfloat16)
                     counts["rounded_apart"] += int(apart.sum())
             advance(elements)
         if found:

@@ -49,7 +49,7 @@ def write_export(
         "tensors", "bytes", "quantised" (weights), "quantised_elements", "quantised_bytes".
 
     Raises:
-        ExportError: `out` exists, or the disk has no room.
+        ExportError: `out` exists, or the disk or the GPU has no room.
     """
     if out.exists():
         raise ExportError(f"{out} exists: give another folder, or remove it")
@@ -78,6 +78,8 @@ def write_export(
         for file in part.iterdir():
             file.chmod(mode)  # safetensors' files are their owner's alone
             sync(file)
+    except torch.OutOfMemoryError as error:
+        raise ExportError(f"{plan.device} has no room for a weight ({error}): give --device cpu; {out} was not made") from error
     except (OSError, SafetensorError) as error:  # safetensors' own writing fails with the latter
         raise ExportError(f"{part} cannot be written ({error}): {out} was not made") from error
     os.rename(part, out)
