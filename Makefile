@@ -41,7 +41,8 @@ quickstart: install  ## set-up, then train SmolLM2-135M in MXFP4 on the CPU, abo
 
 test: $(VENV)/.oracles  ## the tests, under 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m "not slow" tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	@# Triton's interpreter is one thread of Python.
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 
 test-slow: $(VENV)/.oracles  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow tests

@@ -4,6 +4,7 @@ Needs vLLM's build for CPUs (`make test-vllm`), skipped without it.
 """
 
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def sockets():
     return set(Path("/tmp").glob("rl-colocate-zmq-*"))
 
 
+def sockets_of_engines():
+    return {path for path in Path(tempfile.gettempdir()).iterdir() if len(path.name) == 36 and path.is_socket()}  # a UUID
+
+
 def test_two_runs_on_a_machine_keep_their_weights(tmp_path):
     """verl names the socket of a weight sync by Ray's job id, the same in both: one's engine would take the other's weights."""
     processes, others, seen = {}, sockets(), set()
@@ -94,7 +99,7 @@ def test_an_engine_that_dies_in_a_weight_sync_ends_the_run(tmp_path, enable):
     """verl's sender waits for ever for a receiver that is gone."""
     model = make_tiny_model(tmp_path / "tiny", hidden=128, intermediate=128, architecture="qwen3")
     own = ["--config-name=quickstart_vllm", "actor_rollout_ref.rollout.max_model_len=256", f"mxfp4.enable={enable}"]
-    others = sockets()
+    others, engines = sockets(), sockets_of_engines()
     run = Run(model, tmp_path, *own, "trainer.total_training_steps=500", "trainer.save_freq=1")
     run.wait_for_checkpoint()
     (victim,) = [process for process, name in run.processes().items() if name.startswith("VLLM::Worker")]
@@ -105,4 +110,5 @@ def test_an_engine_that_dies_in_a_weight_sync_ends_the_run(tmp_path, enable):
     output = run.end(90)
     assert run.process.returncode == 1, output
     assert "the rollout server died (MXFP4vLLMServer, process" in output and "vLLM's engine died" in output
+    assert sockets_of_engines() <= engines
     run.assert_checkpoint(output)

@@ -61,6 +61,8 @@ def launch(run: PreparedRun, child_command: Sequence[str] = CHILD_COMMAND, argum
 
 def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], caught: list[int], log: Tail) -> int:
     directory, run_id = run.run_dir.path, uuid.uuid4().hex
+    # vLLM's sockets lie there, too: a process that is killed leaves its own behind, and the directory goes with the run.
+    own = {"VLLM_RPC_BASE_PATH": temp_dir} if temp_dir else {}
     # A resumed run appends to both files; what they hold already is not news.
     metrics, log_start = Tail(directory / METRICS_FILE, from_end=True), log.offset
     become_subreaper()
@@ -70,7 +72,7 @@ def _run_child(run: PreparedRun, temp_dir: str | None, command: Sequence[str], c
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, RUN_ID_VARIABLE: run_id, "PYTHONUNBUFFERED": "1"},
+            env={**own, **os.environ, RUN_ID_VARIABLE: run_id, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C in the terminal reaches us only, and we end the run in order
         )
     processes = RunProcesses(run_id, temp_dir, child.pid)

@@ -358,14 +358,11 @@ def _export_command(options: argparse.Namespace, name: str, rule, out: Path) -> 
 def _export(options: argparse.Namespace, name: str, rule, out: Path) -> int:
     from mxfp4_rl.export import command
 
-    return command.run(
-        argparse.Namespace(
-            model=options.model,
-            out=options.export,
-            format=_export_format(options, rule.recipe),
-            recipe=name.removesuffix(f"+{BY_INPUTS}"),
-            importance=str(out / IMPORTANCE) if rule.by_inputs else None,
-            shard_size="5GB",
-            verify=False,
-        )
-    )
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--format", _export_format(options, rule.recipe), "--recipe", name.removesuffix(f"+{BY_INPUTS}")]
+    if rule.by_inputs:
+        given += ["--importance", str(out / IMPORTANCE)]
+    if options.device is not None:
+        given += ["--device", options.device]
+    return command.run(parser.parse_args([*given, "--", options.model, options.export]))
