@@ -349,10 +349,14 @@ def _merit(row: dict[str, Any]) -> float:
     return row["perplexity"]["value"] if "perplexity" in row else row["weights"]["rel_mse"]
 
 
+def _export_options(options: argparse.Namespace, name: str, rule, out: Path) -> list[str]:
+    """What `mxfp4-rl export` is given for weights quantised by the rule of this name."""
+    given = ["--format", _export_format(options, rule.recipe), "--recipe", name.removesuffix(f"+{BY_INPUTS}")]
+    return given + (["--importance", str(out / IMPORTANCE)] if rule.by_inputs else [])
+
+
 def _export_command(options: argparse.Namespace, name: str, rule, out: Path) -> str:
-    words = name.removesuffix(f"+{BY_INPUTS}")
-    command = f"mxfp4-rl export {options.model} OUT --format {_export_format(options, rule.recipe)} --recipe {words}"
-    return command + (f" --importance {out / IMPORTANCE}" if rule.by_inputs else "")
+    return " ".join(["mxfp4-rl export", options.model, "OUT", *_export_options(options, name, rule, out)])
 
 
 def _export(options: argparse.Namespace, name: str, rule, out: Path) -> int:
@@ -360,9 +364,6 @@ def _export(options: argparse.Namespace, name: str, rule, out: Path) -> int:
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    given = ["--format", _export_format(options, rule.recipe), "--recipe", name.removesuffix(f"+{BY_INPUTS}")]
-    if rule.by_inputs:
-        given += ["--importance", str(out / IMPORTANCE)]
-    if options.device is not None:
-        given += ["--device", options.device]
-    return command.run(parser.parse_args([*given, "--", options.model, options.export]))
+    device = [] if options.device is None else ["--device", options.device]
+    given = [*_export_options(options, name, rule, out), *device, "--", options.model, options.export]
+    return command.run(parser.parse_args(given))
