@@ -369,7 +369,8 @@ def test_runs_of_another_verl_configuration_are_other_runs(tmp_path, monkeypatch
         through_verl.VerlRunner(tmp_path, options, runs, 1, 1, "one_gpu", ["actor_rollout_ref.actor.optim.lr=1"])
 
 
-def test_a_run_through_verl_begins_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_run_through_verl_begins_anew_or_from_its_last_checkpoint(tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr(through_verl, "start_of", lambda out, options: out / "start")
     options = Options.from_dict({**PRESETS["gpu"], "steps": 4})
     runner = through_verl.VerlRunner(tmp_path, options, [(RUNGS["bf16"], 0)], 1, 1, "one_gpu", [])
@@ -378,8 +379,11 @@ def test_a_run_through_verl_begins_anew(tmp_path, monkeypatch):
     left[-1].parent.mkdir()
     for file in left:
         file.touch()
-    assert "trainer.resume_mode=disable" in runner.command(folder)
-    assert not any(file.exists() for file in left)
+    whole = tmp_path / "checkpoints" / "global_step_2"
+    monkeypatch.setattr(through_verl, "latest_whole", lambda root: (whole if checkpoint else None, []))
+    given = runner.command(folder)
+    assert {"trainer.resume_mode=auto", f"trainer.save_freq={PRESETS['gpu']['checkpoint_every']}"} <= set(given)
+    assert all(file.exists() == checkpoint for file in left)
 
 
 def test_the_start_is_made_in_a_process_of_its_own_whose_failure_is_told(tmp_path, task, capfd, own_handlers):
@@ -485,6 +489,7 @@ def test_a_rung_through_verl_has_the_ladders_options(tmp_path):
             assert {k: ours[k] for k in theirs} == theirs, rung.name
             assert settings.aqn.enable == (rung.aqn is not None)
         assert config.mxfp4.task == options.task
+        assert config.trainer.default_local_dir == str(tmp_path / "run" / through_verl.CHECKPOINTS)
         assert config.actor_rollout_ref.actor.optim.lr == 3e-5 and config.actor_rollout_ref.rollout.n == options.samples
         assert config.algorithm.norm_adv_by_std_in_grpo is False and config.data.seed == 3
         assert config.algorithm.rollout_correction.rollout_is_threshold == 4.0

@@ -3,13 +3,15 @@
 `grpo.py` is an instrument; this asks whether `mxfp4-rl train` comes to the same. Each rung is a run of verl with the
 configuration `one_gpu` and the ladder's options: the same supervised start (`OUT/start`, made once by the ladder's code),
 problems, batch sizes, learning rate and held-out problems. What a run leaves is kept in the ladder's files, so `report.py OUT`
-writes its page. A run that ended is skipped when the command is given again; one that was cut off begins anew.
+writes its page. A run that ended is skipped when the command is given again; one that was cut off goes on from verl's last
+checkpoint (the option `checkpoint_every`, 1.6 GB a run, removed at its end), or begins anew without one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +19,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from mxfp4_rl.checkpoints import latest_whole
 from mxfp4_rl.monitor.experts import EXPERTS_FILE
 from mxfp4_rl.recipe import ModelRecipe
 from recipes.ladder.options import MORE_TO_DO, Options, record_session, write_atomically
 from recipes.ladder.run import Runner, check_given, device_name, setting
 from recipes.ladder.rungs import PRESETS, RUNGS, Rung, chosen
 
+CHECKPOINTS = "checkpoints"  # verl's, in the run's folder
 DECIDING = ["bf16", "w4a4", "w4a4+mbs+of1"]
 _OPERANDS = ("weight", "activation", "grad")
 
@@ -75,7 +79,7 @@ def overrides_of(rung: Rung, seed: int, options: Options, start: Path, folder: P
     return [
         f"actor_rollout_ref.model.path={start}", f"mxfp4.task={_hydra(o.task)}", f"mxfp4.run_dir={folder}",
         f"trainer.experiment_name={rung.name.replace('+', '_')}", "trainer.logger=[console]",
-        "trainer.resume_mode=disable",
+        "trainer.resume_mode=auto", f"trainer.save_freq={o.checkpoint_every or -1}", "trainer.max_actor_ckpt_to_keep=1",
         f"trainer.total_training_steps={o.steps}", f"trainer.test_freq={validate}",
         f"trainer.val_before_train={validate > 0}".lower(), f"trainer.validation_data_dir={folder / 'validation'}",
         f"data.seed={seed + 1}", f"data.train_batch_size={o.prompts}", "data.val_batch_size=null",
@@ -154,9 +158,10 @@ class VerlRunner(Runner):
 
     def command(self, folder: Path) -> list[str]:
         self.began[folder] = time.time()
-        of_a_run_that_was_cut_off = (folder / name for name in ("metrics.jsonl", EXPERTS_FILE))
-        for old in (*of_a_run_that_was_cut_off, *(folder / "validation").glob("*.jsonl")):
-            old.unlink(missing_ok=True)
+        if latest_whole(folder / CHECKPOINTS)[0] is None:
+            of_a_run_that_was_cut_off = (folder / name for name in ("metrics.jsonl", EXPERTS_FILE))
+            for old in (*of_a_run_that_was_cut_off, *(folder / "validation").glob("*.jsonl")):
+                old.unlink(missing_ok=True)
         rung, seed = RUNGS[folder.parent.name], int(folder.name.removeprefix("seed"))
         own = overrides_of(rung, seed, self.options, self.start, folder)
         return [sys.executable, "-m", "mxfp4_rl.cli", "train", "--config-name", self.name, *own, *self.more]
@@ -169,6 +174,7 @@ class VerlRunner(Runner):
         if process.returncode == 0:
             try:
                 collect(folder, self.start, self.options)
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             except ValueError as error:
                 self.failed.append(folder)
                 print(f"{folder.relative_to(self.out)}: {error}", flush=True)
