@@ -38,6 +38,9 @@ ON_GPU = [
     # Two runs share the GPU: vLLM neither measures what is free nor gives its memory back.
     *(f"{ROLLOUT}.free_cache_engine=false", f"+{ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes=2000000000"),
     *(f"{ROLLOUT}.n=8", f"{ROLLOUT}.gpu_memory_utilization=0.05", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=64"),
+    # Three starts, two at once: compiling and each worker's imports take longer than the steps.
+    *(f"{ROLLOUT}.enforce_eager=true", f"{ROLLOUT}.agent.num_workers=1", "reward.num_workers=1"),
+    *("transfer_queue.backend.SimpleStorage.num_data_storage_units=1", f"{ROLLOUT}.max_model_len=256"),
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
 ]
 ON_CPU = ["--config-name=quickstart_vllm", *SMALL, f"{ROLLOUT}.max_model_len=256", "actor_rollout_ref.actor.optim.lr=1e-3"]
