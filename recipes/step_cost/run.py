@@ -73,6 +73,25 @@ def command_of(variant: str, arguments) -> list[str]:
     return [sys.executable, "-m", "mxfp4_rl.cli", "train", "--config-name", "one_gpu", *sizes, *VARIANTS[variant]]
 
 
+def run_for(command: list[str], seconds: float, log: Path) -> int:
+    """The exit code. What the run prints goes to `log`; after `seconds` it is asked to end, and ends its own processes too.
+
+    Raises:
+        subprocess.TimeoutExpired: it was ended.
+    """
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
 def read(variant: str, arguments) -> dict:
     """Means over the steps after the first (the last one, which the monitor measures, apart)."""
     lines = (arguments.work / "runs" / _slug(variant) / "metrics.jsonl").read_text().splitlines()
@@ -128,19 +147,17 @@ def main() -> None:
     rows, failed = [], []
     for variant in arguments.variants:
         try:
-            done = subprocess.run(
-                command_of(variant, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                timeout=arguments.timeout,
-            )  # fmt: skip
+            code = run_for(command_of(variant, arguments), arguments.timeout, arguments.work / f"{_slug(variant)}.txt")
             rows.append(read(variant, arguments))
         except (subprocess.TimeoutExpired, OSError, KeyError, IndexError) as error:
             failed.append(variant)
-            print(f"{variant}: failed ({type(error).__name__}: {str(error)[:200]})", flush=True)
+            log = arguments.work / f"{_slug(variant)}.txt"
+            print(f"{variant}: failed ({type(error).__name__}: {str(error)[:200]}); what it printed: {log}", flush=True)
             continue
         row = rows[-1]
         print(
             f"{variant:28} {row['tokens_per_s']:.0f} tokens/s  update {row['update_actor']:.2f} s  sync "
-            f"{row['update_weights']:.2f} s  step {row['step']:.2f} s  peak {row['peak_gib']:.1f} GiB  exit {done.returncode}",
+            f"{row['update_weights']:.2f} s  step {row['step']:.2f} s  peak {row['peak_gib']:.1f} GiB  exit {code}",
             flush=True,
         )
     trace = kernels_of(arguments.work / "trace")
