@@ -1,8 +1,8 @@
 """Does vLLM serve what `mxfp4-rl export` writes as the model it stands for? `python recipes/serve_export/run.py --help`.
 
-Each case is a model, a recipe and a packed format. It is exported twice, packed and as the dequantised BF16, both verified bit
-for bit. Then vLLM loads each in a process of its own, all side by side, and answers the same prompts greedily; transformers
-answers from the BF16 export in this process meanwhile. Compared are
+Each case is a model, a recipe and a packed format. It is exported packed, verified bit for bit, and dequantised to BF16. vLLM
+loads each in a process of its own, all side by side, and answers the same prompts greedily; transformers answers from the BF16
+export in this process meanwhile. Compared are
 
     operands    what vLLM's layer multiplies by, which is its product with the identity, against the BF16 export: to the bit;
                 Linear layers only. Experts have no such product: that they were not compared is said, and no success is claimed
@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,14 +87,34 @@ def _make(name: str, root: Path) -> Path:
 
 
 def export(case: Case, root: Path) -> None:
-    """Packed, and as BF16; both verified. In this process."""
+    """Packed, verified bit for bit; and the same values as BF16. In this process."""
     from mxfp4_rl.cli import main as command
 
-    source = _make(case.model, root)  # made by the parent before
-    for format in (case.format, "bf16"):
-        out = case.folder(root, format)
-        if command(["export", str(source), str(out), "--format", format, "--recipe", case.recipe, "--verify"]) != 0:
-            raise RuntimeError(f"the export {out.name} failed")
+    source, out = _make(case.model, root), case.folder(root, case.format)  # made by the parent before
+    if command(["export", str(source), str(out), "--format", case.format, "--recipe", case.recipe, "--verify"]) != 0:
+        raise RuntimeError(f"the export {out.name} failed")
+    _dequantised(case, source, case.folder(root, "bf16"))
+
+
+def _dequantised(case: Case, source: Path, out: Path) -> None:
+    """What the packed export stands for.
+
+    `--format bf16` would give the values of training, which differ in NVFP4: there every weight has its own g, while layers
+    that are served as one product share theirs.
+    """
+    import torch
+
+    from mxfp4_rl.analysis.checkpoint import open_checkpoint
+    from mxfp4_rl.export.formats import FORMATS
+    from mxfp4_rl.export.plan import Plan
+    from mxfp4_rl.export.write import write_export
+    from mxfp4_rl.recipe import ModelRecipe, QuantRecipe
+
+    recipe = ModelRecipe(weight=QuantRecipe.parse(case.recipe), activation=None)
+    format = replace(FORMATS["bf16"], shares_scale=FORMATS[case.format].shares_scale)
+    with open_checkpoint(str(source)) as checkpoint:
+        plan = Plan(checkpoint, recipe, format, device="cuda" if torch.cuda.is_available() else "cpu")
+        write_export(checkpoint, plan, out, torch.bfloat16, 5 * 10**9, lambda elements: None)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -152,10 +172,12 @@ def serve(folder: Path, expected: Path, reference: Path, tokens: int, wait: floa
     from mxfp4_rl.vllm_plugin import offline
 
     began = time.perf_counter()
+    # What vLLM would choose for BF16 experts has to be compiled first, for minutes and on all cores.
+    backend = {"moe_backend": "triton"} if folder == expected else {}
     llm = offline.start(
         str(folder), None, load_format="auto", enforce_eager=True, max_model_len=512, max_num_seqs=64, seed=1,
         skip_tokenizer_init=True, gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False,
-        logprobs_mode="raw_logprobs",
+        logprobs_mode="raw_logprobs", **backend,
     )  # fmt: skip
     from vllm import SamplingParams
 
