@@ -83,7 +83,7 @@ def _draw(axes: Axes, by_rung: dict[str, list[StoredRun]], metric: str, smooth: 
     if log and axes.lines:
         _log_scale(axes)
     elif log:
-        axes.text(0.5, 0.5, "zero", ha="center", transform=axes.transAxes, color="#999999")
+        axes.text(0.5, 0.5, "zero in most steps", ha="center", transform=axes.transAxes, color="#999999")
 
 
 def _axes(figure: Figure, position: tuple[int, int, int], title: str) -> Axes:
@@ -102,4 +102,14 @@ def _axes(figure: Figure, position: tuple[int, int, int], title: str) -> Axes:
 def _legend(figure: Figure, by_rung: dict[str, list[StoredRun]]) -> None:
     labels = [runs[0].config["label"] for runs in by_rung.values()]
     handles = [Line2D([], [], color=_COLOURS[i % len(_COLOURS)], linewidth=2, label=label) for i, label in enumerate(labels)]
-    figure.legend(handles=handles, ncols=min(4, len(handles)), loc="outside upper left", frameon=False, fontsize=9)
+    figure.legend(handles=handles, ncols=_columns(labels), loc="outside upper left", frameon=False, fontsize=9)
+
+
+def _columns(labels: list[str]) -> int:
+    """As many columns, up to four, as fit into the figure's width; a legend is filled column by column."""
+    for columns in range(min(4, len(labels)), 1, -1):
+        rows = -(-len(labels) // columns)
+        longest = [max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows)]
+        if sum(0.5 + 0.075 * letters for letters in longest) <= WIDTH_INCHES:
+            return columns
+    return 1
