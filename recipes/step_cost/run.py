@@ -80,8 +80,8 @@ def run_for(command: list[str], seconds: float, log: Path) -> int:
     Raises:
         subprocess.TimeoutExpired: it was ended.
     """
-    # vLLM's FP8 layers would compile a thousand shapes first, 20 minutes long; without, each at its first use.
-    environment = {"VLLM_DEEP_GEMM_WARMUP": "skip", **os.environ}
+    # vLLM's FP8 layers would take FlashInfer's and DeepGEMM's kernels, which compile a thousand shapes first: 20 minutes.
+    environment = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", **os.environ}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     try:
