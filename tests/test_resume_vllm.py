@@ -37,7 +37,7 @@ ON_GPU = [
     *("--config-name=one_gpu", "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8"),
     # Two runs share the GPU: vLLM neither measures what is free nor gives its memory back.
     *(f"{ROLLOUT}.free_cache_engine=false", f"+{ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes=2000000000"),
-    *(f"{ROLLOUT}.n=4", f"{ROLLOUT}.gpu_memory_utilization=0.05", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=64"),
+    *(f"{ROLLOUT}.n=4", f"{ROLLOUT}.gpu_memory_utilization=0.05", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=32"),
     # One request at a time, each from its first token: then no answer depends on what else is in the batch. (With 64 at once
     # two fresh engines gave 63 of 64 answers alike, one that had already served and one that had not 50 of 64.)
     *(f"{ROLLOUT}.max_num_seqs=1", f"{ROLLOUT}.enable_prefix_caching=false", "mxfp4.task={name: arithmetic, val_size: 32}"),
