@@ -1,13 +1,14 @@
 """The scripts that compare what vLLM holds: their models and comparisons are what they say, and a difference is an error."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mxfp4_rl.export.serving import marlin_has_a_tiling, notes
@@ -127,6 +128,43 @@ def test_only_linear_layers_with_the_very_operands_are_as_exported(tmp_path, run
     for failed in (None, {"operands": "Traceback"}):
         assert not run._as_exported(failed)
     assert "could not be read\nTraceback" in run._operands_text({"operands": "Traceback"})
+
+
+def test_the_reference_holds_the_packed_export_s_own_values(tmp_path, run, monkeypatch):
+    pytest.importorskip("compressed_tensors", minversion="0.16")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    from mxfp4_rl.export.formats import FORMATS
+
+    source = make_tiny_model(tmp_path / "own", hidden=64, intermediate=64, architecture="llama")
+    monkeypatch.setattr(run, "_make", lambda model, root: source)
+    case = run.Case("tiny", "nvfp4+four-over-six", "nvfp4-pack-quantized")
+    run.export(case, tmp_path)
+    packed, plain = (load_file(case.folder(tmp_path, f) / "model.safetensors") for f in (case.format, "bf16"))
+    arguments = QuantizationArgs(**FORMATS[case.format].arguments)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    decompress = BaseCompressor.get_value_from_registry(case.format).decompress
+    names = [name.removesuffix("_packed") for name in packed if name.endswith("_packed")]
+    for name in names:
+        stored = {
+            own: packed[f"{name.removesuffix('weight')}{own}"]
+            for own in ("weight_packed", "weight_scale", "weight_global_scale")
+        }
+        assert torch.equal(decompress(stored, scheme)["weight"].bfloat16(), plain[name]), name
+    assert len(names) == 14
+
+
+def test_a_run_that_takes_too_long_is_ended_and_what_it_said_is_kept(tmp_path):
+    step_cost = script("step_cost", FOLDER.parent / "step_cost" / "run.py")
+    log = tmp_path / "log.txt"
+    said = "import os; print(os.environ['VLLM_USE_DEEP_GEMM'], flush=True); "
+    assert step_cost.run_for([sys.executable, "-c", said + "raise SystemExit(3)"], 60, log) == 3
+    assert log.read_text() == "0\n"
+    ends = "import signal, sys, time; signal.signal(15, lambda *_: (print('ended', flush=True), sys.exit())); "
+    with pytest.raises(subprocess.TimeoutExpired):
+        step_cost.run_for([sys.executable, "-c", ends + "print('on', flush=True); time.sleep(600)"], 5, log)
+    assert log.read_text() == "on\nended\n"
 
 
 @pytest.mark.parametrize("wrong", ["checksum_equal", "experts_equal"])
