@@ -25,11 +25,14 @@ from tests.test_verl_run import SMALL, environment
 
 # Answers a line "actors" with where each class of actor is or was, by node; ends the cluster at the end of its input.
 CLUSTER = """
-    import json, sys
+    import json, os, sys
     import ray
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     temp_dir, port = sys.argv[1], int(sys.argv[2])
+    # Ray notes the address in its default folder, which is not there on a machine where no Ray has used it.
+    os.makedirs(os.path.dirname(get_ray_address_file(None)), exist_ok=True)
     node = dict(num_cpus=16, num_gpus=1, object_store_memory=200 * 2**20)
     cluster = Cluster(
         initialize_head=True,
